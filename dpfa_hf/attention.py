@@ -8,6 +8,9 @@ How a pattern travels from the mask function to the attention function, all on t
 
 - None: causal if the module is causal, else every key.
 - bool [B, Sk]: causal, with False where a key is padding. Only causal modules accept it.
+- bool [B, 1, 1, W, Sk], the same along W: a sliding window of W keys in all, which the module must ask for too: up to
+  the query's own in a causal module, around it in another. A stride of 0 along Sk says that nothing is padding.
+- integer of that shape: the number of each token's sequence in a packed row, in a causal module; W >= Sk is no window.
 - bool [B | 1, H | 1, Sq | 1, Sk]: the whole pattern, whatever the module says; True may attend.
 - floating point of that shape: the same, added to the scores.
 """
@@ -20,11 +23,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedConfig,
+    PreTrainedModel,
+    logging,
+    masking_utils,
+)
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from dpfa_hf._kernel import attention as exact_attention
+from dpfa_hf.attention_operator import flash_attention
 from dpfa_hf.errors import PrivacyError
+
+logger = logging.get_logger(__name__)
 
 NAMES = ("dp_flash", "dpfa")
 
@@ -37,16 +50,17 @@ _HARMLESS = frozenset(
     {
         "cache_position",
         "deterministic",
-        "max_length_k",
-        "max_length_q",
         "num_items_in_batch",
         "output_hidden_states",
         "output_router_logits",
         "position_ids",
         "return_dict",
+        "shift_labels",
         "use_cache",
     }
 )
+
+_MADE_FROM = "_dpfa_made_from"
 
 # Transformers vouches for these, but some of their layers go round the attention interface.
 _PARTLY_OWN_ATTENTION = {
@@ -70,6 +84,8 @@ def dp_flash_attention(
     s_aux: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface on exact, isolated attention.
@@ -79,17 +95,19 @@ def dp_flash_attention(
         query: [B, H, Sq, D].
         key: [B, Hkv, Sk, D]; H is a multiple of Hkv.
         value: [B, Hkv, Sk, Dv].
-        attention_mask: one of the four forms listed at the head of this module.
+        attention_mask: one of the forms listed at the head of this module.
         dropout: probability of dropping a weight while `module` trains.
         scaling: factor on the scores, D ** -0.5 by default.
         is_causal: overrides `module.is_causal`.
         sliding_window: only keys less than this many positions away; a mask that is the whole pattern overrides it.
         softcap: scores become softcap * tanh(scores / softcap).
         position_bias: broadcastable to [B, H, Sq, Sk], added to the scores.
-        s_aux: [H], learned attention sinks.
+        s_aux: [H] or [B, H], learned attention sinks.
         cu_seq_lens_q: int [n + 1], boundaries of the sequences packed into one row; also applied to a given mask.
         cu_seq_lens_k: the same for the keys.
-        kwargs: arguments known to be harmless, or None; `output_attentions` must be false.
+        max_length_q: length of the longest of those sequences; counts where it is an int.
+        max_length_k: the same for the keys.
+        kwargs: arguments known to be harmless, or None. As under SDPA, `output_attentions` warns and gives no weights.
 
     Returns:
         ([B, Sq, H, Dv], None): no attention weights.
@@ -102,12 +120,10 @@ def dp_flash_attention(
         packed into a row. Packing is announced by `cu_seq_lens_q` and `cu_seq_lens_k`. Transformers also announces it
         through the mask when `position_ids` restart, but in some families only, without `attention_mask` and with
         use_cache=False; otherwise it hands over the row as one sequence, and nothing here can tell.
-        A query that may attend nothing gives 0.
+        A query that may attend nothing gives 0, and so does a query of a causal module whose own token is padding.
     """
     if kwargs.pop("output_attentions", False):
-        raise PrivacyError(
-            "output_attentions=True: dp_flash keeps no attention weights; load with attn_implementation='eager'"
-        )
+        logger.warning_once("dp_flash keeps no attention weights: output_attentions=True returns none; use 'eager'")
     if kwargs.get("seq_idx") is not None and cu_seq_lens_q is not None:
         del kwargs["seq_idx"]
     unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in _HARMLESS)
@@ -129,9 +145,12 @@ def dp_flash_attention(
             bias=bias,
             cu_seq_lens_q=cu_seq_lens_q,
             cu_seq_lens_k=cu_seq_lens_k,
+            max_length_q=max_length_q if isinstance(max_length_q, int) else None,
+            max_length_k=max_length_k if isinstance(max_length_k, int) else None,
             softcap=softcap,
             sinks=s_aux,
             dropout=dropout if module.training else 0.0,
+            flash=flash_attention,
             **pattern,
         )
     except ValueError as error:
@@ -173,12 +192,23 @@ def _pattern(
         )
     if mask is None:
         return {"is_causal": is_causal, "window": sliding_window}
-    if mask.ndim != 2 or not is_causal:
+    if mask.ndim == 5 and mask.shape[1:3] == (1, 1):
+        seen, keys = mask.shape[3:]
+        fits = seen >= keys or sliding_window == (seen if is_causal else (seen + 1) // 2)
+        fits = fits and (is_causal or mask.dtype == torch.bool)
+        mask = mask[:, 0, 0, 0]
+    else:
+        fits = mask.ndim == 2 and is_causal and mask.dtype == torch.bool
+    if not fits:
         raise PrivacyError(
-            f"{type(module).__name__} (is_causal={is_causal}) got an attention mask of shape {tuple(mask.shape)}, "
-            f"which dp_flash does not understand; pass [batch, 1, queries, keys] or attn_implementation='eager'"
+            f"{type(module).__name__} (is_causal={is_causal}, sliding_window={sliding_window}) got an attention mask "
+            f"{mask.dtype} {tuple(mask.shape)}, which dp_flash does not understand; pass [batch, 1, queries, keys] or "
+            f"attn_implementation='eager'"
         )
-    return {"is_causal": True, "window": sliding_window, "key_mask": mask}
+    pattern: dict[str, Any] = {"is_causal": is_causal, "window": sliding_window}
+    if mask.dtype != torch.bool:
+        return {**pattern, "segments_q": mask[:, -query.shape[2] :], "segments_k": mask}
+    return pattern if mask.stride(1) == 0 else {**pattern, "key_mask": mask}
 
 
 def dp_flash_mask(
@@ -194,7 +224,8 @@ def dp_flash_mask(
     allow_is_bidirectional_skip: bool = False,
     **kwargs: Any,
 ) -> Tensor | None:
-    """Transformers' mask interface: padding alone where the pattern is plain, the whole pattern otherwise.
+    """Transformers' mask interface: padding or packing alone where the pattern is plain or a sliding window, the whole
+    pattern otherwise.
 
     Unlike `sdpa_mask` it never reads the mask's values, so it neither waits for the device nor breaks a compiled graph.
 
@@ -212,11 +243,13 @@ def dp_flash_mask(
         kwargs: for `sdpa_mask`.
 
     Returns:
-        None, bool [B, Sk] or bool [B, 1, Sq, Sk], as the head of this module describes.
+        One of the forms at the head of this module.
 
     Raises:
         PrivacyError: an `attention_mask` that is not bool of two dimensions.
     """
+    if _is_own_form(attention_mask, batch_size, kv_length):
+        return attention_mask  # generation makes masks ahead and passes them through here again
     if attention_mask is not None and (attention_mask.ndim != 2 or attention_mask.dtype != torch.bool):
         raise PrivacyError(
             f"attention_mask has shape {tuple(attention_mask.shape)} and dtype {attention_mask.dtype}: "
@@ -228,14 +261,25 @@ def dp_flash_mask(
     aligned = isinstance(q_offset, int) and q_offset + q_length == seen
     # A window or chunk that holds every position seen so far hides nothing.
     local_is_whole = local_size is not None and kv_offset == 0 and kv_length <= local_size
-    if allow_is_causal_skip and aligned and covered and (mask_function is causal_mask_function or local_is_whole):
-        return None if attention_mask is None else attention_mask[:, kv_offset:]
-    if mask_function is bidirectional_mask_function and allow_is_bidirectional_skip and covered:
-        if attention_mask is not None:
-            return attention_mask[:, None, None, kv_offset:].expand(-1, 1, q_length, -1)
-        # A decoder that its configuration turns into an encoder keeps is_causal=True in its modules.
-        if getattr(kwargs.get("config"), "is_causal", True):
-            return None
+    config = kwargs.get("config")
+    is_window = local_size is not None and local_size == getattr(config, "sliding_window", None)
+    is_window = is_window and getattr(config, "attention_chunk_size", None) is None
+    padding = None if attention_mask is None else attention_mask[:, kv_offset:]
+    if allow_is_causal_skip and aligned and covered:
+        if mask_function is causal_mask_function or local_is_whole:
+            return padding
+        if local_size is not None and is_window:
+            return _windowed(padding, batch_size, local_size, kv_length, kwargs.get("device"))
+    if allow_is_bidirectional_skip and covered and getattr(config, "is_causal", True):
+        if mask_function is bidirectional_mask_function:
+            return None if padding is None else padding[:, None, None].expand(-1, 1, q_length, -1)
+        if local_size is not None and is_window and aligned:
+            # Its ends are inclusive.
+            return _windowed(padding, batch_size, 2 * local_size + 1, kv_length, kwargs.get("device"))
+    if attention_mask is None and aligned:
+        segments = _packed_sequences(mask_function, local_size)
+        if segments is not None:
+            return _windowed(segments, batch_size, local_size or kv_length, kv_length, None)
     return sdpa_mask(
         batch_size,
         q_length,
@@ -249,6 +293,44 @@ def dp_flash_mask(
         allow_is_bidirectional_skip=False,
         **kwargs,
     )
+
+
+def _is_own_form(mask: Tensor | None, batch: int, length: int) -> bool:
+    return mask is not None and mask.ndim == 5 and (mask.shape[0], mask.shape[4]) == (batch, length)
+
+
+def _windowed(keys: Tensor | None, batch: int, window: int, length: int, device: Any) -> Tensor:
+    """[B, 1, 1, W, Sk]: what is known of the keys, and the number of them in the window as its shape."""
+    if keys is None:
+        keys = torch.ones((), dtype=torch.bool, device=device).expand(batch, length)
+    return keys[:, None, None, None].expand(batch, 1, 1, window, length)
+
+
+def _packed_sequences(mask_function: Any, window: int | None) -> Tensor | None:
+    """[B, Sk], the number of each token's packed sequence, if the pattern is causal within the sequences, with this
+    window, and nothing else; None for any other one, which is then written out."""
+    maker, *parts = getattr(mask_function, _MADE_FROM, (None,))
+    if maker != "packed_sequence_compatibility_function":
+        return None
+    inside, _, numbers = parts
+    is_plain = window is None and inside is causal_mask_function
+    made_from = getattr(inside, _MADE_FROM, None)
+    return numbers if is_plain or made_from == ("sliding_window_causal_mask_function", window) else None
+
+
+def _label(name: str) -> None:
+    """Makes a function of Transformers' write on the mask functions that it makes what they are made from."""
+    make = getattr(masking_utils, name, None)
+    if make is None:
+        return
+
+    @functools.wraps(make)
+    def labelled(*args: Any) -> Any:
+        mask_function = make(*args)
+        setattr(mask_function, _MADE_FROM, (name, *args))
+        return mask_function
+
+    setattr(masking_utils, name, labelled)
 
 
 def refuse_unsupported_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> None:
@@ -279,11 +361,14 @@ def register() -> None:
     """Make "dp_flash" and "dpfa" known to Transformers; calling it again changes nothing.
 
     Registering alone is not enough: Transformers takes every name that contains "flash" for one of its own kernels, and
-    `set_attn_implementation` only warns where a model ignores the name.
+    `set_attn_implementation` only warns where a model ignores the name. And a mask function does not say what pattern
+    it stands for, so those of packed rows and windows are labelled, which changes nothing for other implementations.
     """
     for name in NAMES:
         AttentionInterface.register(name, dp_flash_attention)
         AttentionMaskInterface.register(name, dp_flash_mask)
+    for name in ("packed_sequence_compatibility_function", "sliding_window_causal_mask_function"):
+        _label(name)
     check = PreTrainedModel._check_and_adjust_attn_implementation
     set_implementation = PreTrainedModel.set_attn_implementation
 

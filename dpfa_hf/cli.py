@@ -245,7 +245,14 @@ def check(
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    result: dict[str, Any] = {"model": model, "class": None, "task": None, "weights": None, "layers": []}
+    result: dict[str, Any] = {
+        "model": model,
+        "class": None,
+        "task": None,
+        "weights": None,
+        "layers": [],
+        "attention": [],
+    }
     refusal = None
     configuration = _configuration(model)
     try:
@@ -255,6 +262,7 @@ def check(
             built = _with_lora(built, lora, result["task"])
         result["layers"] = _trainable_layers(built)
         _preflight(built, result["task"])
+        result["attention"] = _attention_backends(built, result["task"])
     except PrivacyError as error:
         refusal = str(error)
     result |= {"covered": refusal is None, "refusal": refusal}
@@ -269,6 +277,11 @@ def check(
                 for each in result["layers"]
             ],
         )
+        if result["attention"]:
+            _print_table(
+                ("dp_flash attention", "layers", "computed here by", "on CUDA in bfloat16 by"),
+                [(each["call"], f"×{each['count']}", each["here"], each["cuda"]) for each in result["attention"]],
+            )
     if refusal is not None:
         raise PrivacyError(refusal)
     if not as_json:
@@ -370,6 +383,46 @@ def _preflight(model: nn.Module, task: str) -> None:
 
     engine = PerExampleGradients(model, per_example_loss(model, task), clipping_norm=1.0)
     preflight.check(engine, preflight.synthetic_batch(model, task, {}), compare_with_model_loss=True)
+
+
+def _attention_backends(model: nn.Module, task: str) -> list[dict[str, Any]]:
+    """Who computes the attention of the layers, for rows without padding and for padded ones; none without dp_flash.
+
+    Decided by the form of the calls alone, so that a machine without a GPU can tell what one would take.
+    """
+    from collections import Counter
+
+    import torch
+
+    from dpfa_hf._kernel import Call, choose, observed
+    from dpfa_hf.per_example import preflight
+
+    batch = {k: v for k, v in preflight.synthetic_batch(model, task, {}).items() if "label" not in k}
+    found: Counter[tuple[str, Call, str]] = Counter()
+    for form, names in (("no padding", batch.keys() - {"attention_mask"}), ("padded", batch.keys())):
+
+        def note(call: Call, backend: str, form: str = form) -> None:
+            found[form, call, backend] += 1
+
+        with torch.no_grad(), observed(note):
+            model.eval()(**{name: batch[name] for name in names})
+    return [
+        {
+            "call": ", ".join([form, *_described(call)]),
+            "count": count,
+            "here": backend,
+            "cuda": choose(call._replace(device="cuda", dtype=torch.bfloat16)),
+        }
+        for (form, call, backend), count in found.items()
+    ]
+
+
+def _described(call: Any) -> list[str]:
+    words = ["causal" if call.is_causal else "bidirectional"]
+    if call.window is not None:
+        words.append(f"window {call.window}")
+    words += [name for name in ("packed", "softcap", "sinks", "dropout") if getattr(call, name)]
+    return words + ["a written-out mask or bias"] * call.dense
 
 
 # ---- ledger ---------------------------------------------------------------------------------------------------------

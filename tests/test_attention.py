@@ -230,20 +230,26 @@ def test_encoder_decoder_equals_eager(family: str, side: str) -> None:
 
 @pytest.mark.parametrize(
     ("family", "dropped"),
-    [("gemma2", "softcap"), ("gpt_oss", "s_aux"), ("t5", "position_bias"), ("gpt2", "scaling"), ("mistral", "mask")],
+    [
+        ("gemma2", "softcap"),
+        ("gpt_oss", "s_aux"),
+        ("t5", "position_bias"),
+        ("gpt2", "scaling"),
+        ("mistral", "sliding_window"),
+    ],
 )
 def test_mutant_that_drops_an_argument_differs_from_eager(
     family: str, dropped: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def drops(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
-        kept = {name: given for name, given in kwargs.items() if name != dropped} | {"sliding_window": None}
-        mask = None if dropped == "mask" else attention_mask
-        return attention.dp_flash_attention(module, query, key, value, mask, **kept)
+        kept = {name: given for name, given in kwargs.items() if name != dropped}
+        return attention.dp_flash_attention(module, query, key, value, attention_mask, **kept)
 
     monkeypatch.setitem(AttentionInterface._global_mapping, "dp_flash", drops)
     eager, ours = pair(family)
     inputs = {"input_ids": tokens()} | ({"decoder_input_ids": tokens(seed=1)} if family in SEQ2SEQ else {})
-    with pytest.raises(AssertionError):
+    # A window that the mask announces and the module does not ask for is refused.
+    with pytest.raises(PrivacyError if dropped == "sliding_window" else AssertionError):
         assert_same(run(ours, None, **inputs), run(eager, None, **inputs))
 
 
@@ -673,11 +679,14 @@ def call(**given: Any) -> torch.Tensor:
         {"alibi": torch.ones(1)},
         {"cache": object()},
         {"indices": torch.zeros(2, 3)},
-        {"output_attentions": True},
         {"seq_idx": torch.zeros(2, 3)},
         {"mask": object()},
         {"mask": torch.ones(2, 1, 3, 3, dtype=torch.long)},
         {"mask": torch.ones(2, 3, 3, dtype=torch.bool)},
+        {"mask": torch.ones(2, 1, 1, 2, 3, dtype=torch.bool)},
+        {"mask": torch.ones(2, 1, 1, 2, 3, dtype=torch.bool), "sliding_window": 1},
+        {"mask": torch.ones(2, 1, 1, 2, 3, dtype=torch.bool), "sliding_window": 2, "module_is_causal": False},
+        {"mask": torch.ones(2, 1, 1, 3, 3, dtype=torch.long), "module_is_causal": False},
         {"mask": torch.ones(2, 3)},
         {"mask": torch.ones(2, 3, dtype=torch.long)},
         {"mask": torch.ones(2, 4, dtype=torch.bool)},
@@ -709,6 +718,7 @@ def test_what_is_not_understood_is_refused(given: dict[str, Any]) -> None:
 def test_what_is_understood_is_accepted() -> None:
     assert call().shape == (2, 3, 4, 8)
     call(position_ids=torch.zeros(2, 3), use_cache=True, num_items_in_batch=3, alibi=None, output_attentions=False)
+    assert call(output_attentions=True)[1] is None
     call(mask=torch.ones(1, 4, 3, 3, dtype=torch.bool), module_is_causal=None)
 
 

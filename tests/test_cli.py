@@ -199,6 +199,24 @@ def test_check_counts_every_trainable_parameter_once(
     assert all(layer["rule"] for layer in found["layers"])
 
 
+def test_check_says_who_computes_the_attention_here_and_on_a_gpu(models: Path) -> None:
+    found = json.loads(dpfa("check", str(models / "bert"), "--json").stdout)["attention"]
+    layers = json.loads((models / "bert" / "config.json").read_text())["num_hidden_layers"]
+    by_form = {each["call"].split(",")[0]: each for each in found}
+    assert {form: (each["count"], each["here"]) for form, each in by_form.items()} == {
+        "no padding": (layers, "sdpa"),
+        "padded": (layers, "reference"),
+    }
+    assert {form: each["cuda"] for form, each in by_form.items()} == {"no padding": "sdpa", "padded": "triton"}
+    assert "computed here by" in dpfa("check", str(models / "bert")).stdout
+
+
+def test_check_without_dp_flash_says_nothing_about_it(models: Path) -> None:
+    assert not json.loads(dpfa("check", str(models / "bert"), "--attn-implementation", "sdpa", "--json").stdout)[
+        "attention"
+    ]
+
+
 def test_check_with_lora_lists_the_adapter_alone(models: Path) -> None:
     pytest.importorskip("peft")
     found = json.loads(dpfa("check", str(models / "bert"), "--lora", "2", "--json").stdout)
