@@ -63,9 +63,10 @@ def delta_kernel(
     o = tl.load(OUT + wide * stride_o_s + dv[None, :], mask=both, other=0.0).to(tl.float32)
     do = tl.load(DO + wide * stride_do_s + dv[None, :], mask=both, other=0.0).to(tl.float32)
     delta = tl.sum(o * do, 1) - tl.load(DLSE + at, mask=inside, other=0.0)
+    lse = tl.load(LSE + at, mask=inside, other=-float("inf"))
+    delta = tl.where(lse == -float("inf"), 0.0, delta)
     tl.store(DELTA + at, delta, mask=inside)
     if HAS_SINKS:
-        lse = tl.load(LSE + at, mask=inside, other=-float("inf"))
         weight = tl.math.exp2((tl.load(SINKS + row).to(tl.float32) - lse) * LOG2E)
         tl.store(DSINKS + tl.program_id(0), -tl.sum(tl.where(lse == -float("inf"), 0.0, weight * delta)))
 
@@ -79,9 +80,6 @@ def _weights(q, k, v, do, lse, delta, seen, m, n, head, scale, softcap, dropout,
     `q` and `k` are [M, D] and [D, N] where M are the queries; laid out the other way round, they change places, and so
     do `do` and `v`. `m`, `n`, `lse` and `delta` come broadcast to the layout.
     """
-    if DROPOUT:
-        # Before there are scores: the generator needs many registers, but not for long.
-        keep = kept(seed, head, m, n, dropout)
     if SOFTCAP:
         scores, tanh = capped(scaled_dot(q, k, scale, UPCAST, M, N), softcap)
         scores = scores * LOG2E
@@ -94,6 +92,7 @@ def _weights(q, k, v, do, lse, delta, seen, m, n, head, scale, softcap, dropout,
     grad = scaled_dot(do, v, 1.0, UPCAST, M, N)
     used = weights
     if DROPOUT:
+        keep = kept(seed, head, m, n, dropout)
         used = tl.where(keep, weights * (1.0 / (1.0 - dropout)), 0.0)
         grad = tl.where(keep, grad * (1.0 / (1.0 - dropout)), 0.0)
     grad = weights * (grad - delta)
@@ -235,8 +234,11 @@ def query_grad_kernel(
             keys, scale, softcap, dropout, seed,
             False, PADDED, SOFTCAP, DROPOUT, HEAD_DIM, VALUE_DIM, D, DV, BLOCK_M, BLOCK_N, UPCAST,
         )  # fmt: skip
-    DQ += row.to(tl.int64) * queries * HEAD_DIM
-    tl.store(DQ + wide * HEAD_DIM + d[None, :], narrowed(dq * scale, DQ.dtype.element_ty, UPCAST), mask=in_q)
+    DQ += (row.to(tl.int64) * queries + tile * BLOCK_M) * HEAD_DIM
+    # Counted anew from the block's beginning, or the masks of the loads above would be kept until here.
+    here = tl.arange(0, BLOCK_M)[:, None]
+    in_q = (here < queries - tile * BLOCK_M) & (d[None, :] < HEAD_DIM)
+    tl.store(DQ + (here * HEAD_DIM + d[None, :]), narrowed(dq * scale, DQ.dtype.element_ty, UPCAST), mask=in_q)
 
 
 @triton.jit
@@ -259,10 +261,12 @@ def _add_to_key_grads(dk, dv_sum, k, v, begin, start, stop, n, batch, head, head
     do_at = DO + (here * stride_do_s + dv[None, :])
     # Every mask costs registers in a loop that has none to spare.
     if MASKED:
-        q = tl.load(q_at, mask=inside[:, None] & (d[None, :] < HEAD_DIM), other=0.0)
-        do = tl.load(do_at, mask=inside[:, None] & (dv[None, :] < VALUE_DIM), other=0.0)
-        lse = tl.load(LSE + m, mask=inside, other=0.0)
+        lse = tl.load(LSE + m, mask=inside, other=-float("inf"))
         delta = tl.load(DELTA + m, mask=inside, other=0.0)
+        # A query that sees nothing may be padding, which need not be finite.
+        sighted = lse > -float("inf")
+        q = tl.load(q_at, mask=sighted[:, None] & (d[None, :] < HEAD_DIM), other=0.0)
+        do = tl.load(do_at, mask=sighted[:, None] & (dv[None, :] < VALUE_DIM), other=0.0)
     else:
         q = tl.load(q_at, mask=d[None, :] < HEAD_DIM, other=0.0) if D != HEAD_DIM else tl.load(q_at)
         do = tl.load(do_at, mask=dv[None, :] < VALUE_DIM, other=0.0) if DV != VALUE_DIM else tl.load(do_at)
@@ -288,6 +292,7 @@ def key_grad_kernel(
     DK,
     DV_GRAD,
     BOUNDS,
+    ROWS,
     KEY_MASK,
     SEED,
     stride_q_b,
@@ -351,10 +356,14 @@ def key_grad_kernel(
     Q += batch.to(tl.int64) * stride_q_b
     DO += batch.to(tl.int64) * stride_do_b
     start, stop = queries_of_keys(
-        n, batch, BOUNDS, KEY_MASK, stride_mask_b, stride_mask_s, queries, keys, window,
+        n, batch, BOUNDS, ROWS, KEY_MASK, stride_mask_b, stride_mask_s, queries, keys, window,
         IS_CAUSAL, HAS_WINDOW, PACKED, PADDED,
     )  # fmt: skip
     low, high, full_low, full_high = span(start, stop, inside == 0, queries, BLOCK_M)
+    if PADDED and IS_CAUSAL:  # noqa: SIM102 - known when compiling, unlike what follows
+        if tl.load(ROWS + batch * 3 + 2) != 0:  # holes
+            full_low = low + tl.cdiv(tl.maximum(high - low, 0), BLOCK_M) * BLOCK_M
+            full_high = full_low
     seed = tl.load(SEED) if DROPOUT else 0
 
     dk = tl.zeros([BLOCK_N, D], tl.float32)
@@ -381,5 +390,8 @@ def key_grad_kernel(
     DK += (key_row.to(tl.int64) * keys + tile * BLOCK_N) * HEAD_DIM
     DV_GRAD += (key_row.to(tl.int64) * keys + tile * BLOCK_N) * VALUE_DIM
     here = tl.arange(0, BLOCK_N)[:, None]
+    inside = here < keys - tile * BLOCK_N
+    in_k = inside & (d[None, :] < HEAD_DIM)
+    in_v = inside & (dv[None, :] < VALUE_DIM)
     tl.store(DK + (here * HEAD_DIM + d[None, :]), narrowed(dk * scale, DK.dtype.element_ty, UPCAST), mask=in_k)
     tl.store(DV_GRAD + (here * VALUE_DIM + dv[None, :]), narrowed(dv_sum, DV_GRAD.dtype.element_ty, UPCAST), mask=in_v)

@@ -313,6 +313,8 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"query, key and value do not fit together: {shapes}")
     if not query.is_floating_point():
         raise ValueError(f"query must be floating point, not {query.dtype}")
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError(f"query, key and value must have one dtype, not {query.dtype}, {key.dtype}, {value.dtype}")
 
 
 def _check_masks(

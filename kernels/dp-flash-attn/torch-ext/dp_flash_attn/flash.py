@@ -10,7 +10,7 @@ from . import backward as backward_kernels
 from . import forward as forward_kernels
 from .pattern import Pattern, segment_bounds
 from .tile_math import INTERPRETED
-from .tiles import tile
+from .tiles import Tile, tile
 
 MIN_WIDTH, MAX_WIDTH = 16, 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -63,7 +63,7 @@ def forward(
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
     if output.numel() == 0 or keys == 0:
         return output.zero_(), lse.fill_(-torch.inf)
-    tiles = tile(architecture(query.device), "forward", query.element_size() == 2, _padded(max(width, value_width)))
+    tiles = _tile("forward", query, value, pattern)
     bounds, _ = _segment_bounds(segments_q, segments_k)
     rows = _row_bounds(key_mask)
     forward_kernels.forward_kernel[(triton.cdiv(queries, tiles.block_m) * batch * heads,)](
@@ -106,7 +106,7 @@ def backward(
     query, key, value = (_last_dense(tensor) for tensor in (query, key, value))
     batch, heads, queries, width = query.shape
     key_heads, keys, value_width = key.shape[1], key.shape[2], value.shape[3]
-    output_grad = _last_dense(output_grad).transpose(1, 2)
+    output_grad = _last_dense(output_grad, sequence=1).transpose(1, 2)
     query_grad, key_grad, value_grad = (
         torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (query, key, value)
     )
@@ -115,10 +115,6 @@ def backward(
         sinks_grad = torch.zeros_like(sinks)
     if output.numel() == 0 or keys == 0:
         return query_grad.zero_(), key_grad.zero_(), value_grad.zero_(), sinks_grad
-    chosen = {
-        kernel: tile(architecture(query.device), kernel, query.element_size() == 2, _padded(max(width, value_width)))
-        for kernel in ("query_grad", "key_grad")
-    }
     bounds_q, bounds_k = _segment_bounds(segments_q, segments_k)
     rows = _row_bounds(key_mask)
     constants = _constants(pattern, bounds_q, rows, width, value_width, query.dtype)
@@ -140,14 +136,14 @@ def backward(
         heads, heads // key_heads, queries, keys, pattern.window or 0,
         pattern.scale, pattern.softcap or 0.0, pattern.dropout,
     )  # fmt: skip
-    tiles = chosen["query_grad"]
+    tiles = _tile("query_grad", query, value, pattern)
     backward_kernels.query_grad_kernel[(triton.cdiv(queries, tiles.block_m) * batch * heads,)](
         query, key, value, output_grad, lse, delta, query_grad, bounds_q, rows, _bytes(key_mask), seed,
         *strides, *numbers, **constants, **_launch(tiles),
     )  # fmt: skip
-    tiles = chosen["key_grad"]
+    tiles = _tile("key_grad", query, value, pattern)
     backward_kernels.key_grad_kernel[(triton.cdiv(keys, tiles.block_n) * batch * key_heads,)](
-        query, key, value, output_grad, lse, delta, key_grad, value_grad, bounds_k, _bytes(key_mask), seed,
+        query, key, value, output_grad, lse, delta, key_grad, value_grad, bounds_k, rows, _bytes(key_mask), seed,
         *strides, *numbers, **constants, **_launch(tiles),
     )  # fmt: skip
     return query_grad, key_grad, value_grad, sinks_grad
@@ -161,9 +157,9 @@ def _padded(width: int) -> int:
     return max(MIN_WIDTH, triton.next_power_of_2(width))
 
 
-def _last_dense(tensor: Tensor) -> Tensor:
-    """Rows must be contiguous; everything else is read by its stride."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def _last_dense(tensor: Tensor, sequence: int = 2) -> Tensor:
+    """Rows must be contiguous, and offsets within a tile fit into 32 bits; else everything is read by its stride."""
+    return tensor if tensor.stride(-1) == 1 and tensor.stride(sequence) < 2**23 else tensor.contiguous()
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:
@@ -192,7 +188,12 @@ def _constants(
     }
 
 
-def _launch(tiles: tuple[int, int, int, int]) -> dict[str, int]:
+def _tile(kernel: str, query: Tensor, value: Tensor, pattern: Pattern) -> Tile:
+    width = _padded(max(query.shape[3], value.shape[3]))
+    return tile(architecture(query.device), kernel, query.element_size() == 2, width, pattern.dropout > 0)
+
+
+def _launch(tiles: Tile) -> dict[str, int]:
     block_m, block_n, warps, stages = tiles
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
 

@@ -92,9 +92,6 @@ def _attend(
     else:
         k = tl.load(keys_at, mask=d[:, None] < HEAD_DIM, other=0.0) if D != HEAD_DIM else tl.load(keys_at)
         v = tl.load(values_at, mask=dv[None, :] < VALUE_DIM, other=0.0) if DV != VALUE_DIM else tl.load(values_at)
-    if DROPOUT:
-        # Before there are scores: the generator needs many registers, but not for long.
-        keep = kept(seed, head, m[:, None], n[None, :], dropout)
     if SOFTCAP:
         scores, _ = capped(scaled_dot(q, k, scale, UPCAST, BLOCK_M, BLOCK_N), softcap)
         scores = scores * LOG2E
@@ -112,6 +109,7 @@ def _attend(
     shrink = tl.math.exp2(maximum - anchor)
     normaliser = normaliser * shrink + tl.sum(weights, 1)
     if DROPOUT:
+        keep = kept(seed, head, m[:, None], n[None, :], dropout)
         weights = tl.where(keep, weights * (1.0 / (1.0 - dropout)), 0.0)
     total = dot(weights, v, total * shrink[:, None], UPCAST)
     return total, normaliser, new_maximum
@@ -223,7 +221,12 @@ def forward_kernel(
         maximum = anchor
     normaliser = tl.where(sighted, normaliser, 1.0)
     lse = tl.where(sighted, (maximum + tl.math.log2(normaliser)) / LOG2E, -float("inf"))
-    tl.store(LSE + row.to(tl.int64) * queries + m, lse, mask=inside)
-    outputs_at = OUT + batch.to(tl.int64) * stride_o_b + m.to(tl.int64)[:, None] * stride_o_s + head * VALUE_DIM + dv
+    # Counted anew from the block's beginning, or the masks of the loads above would be kept until here.
+    here = tl.arange(0, BLOCK_M)
+    inside = here < queries - tile * BLOCK_M
+    begin = (tile * BLOCK_M).to(tl.int64)
+    tl.store(LSE + row.to(tl.int64) * queries + begin + here, lse, mask=inside)
+    OUT += batch.to(tl.int64) * stride_o_b + begin * stride_o_s + head * VALUE_DIM
     output = narrowed(total / normaliser[:, None], OUT.dtype.element_ty, UPCAST)
-    tl.store(outputs_at, output, mask=inside[:, None] & (dv[None, :] < VALUE_DIM))
+    output_at = OUT + (here[:, None] * stride_o_s + dv[None, :])
+    tl.store(output_at, output, mask=inside[:, None] & (dv[None, :] < VALUE_DIM))

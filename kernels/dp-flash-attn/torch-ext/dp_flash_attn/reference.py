@@ -69,21 +69,22 @@ def _allowed(
     pattern: Pattern,
 ) -> Tensor | None:
     """Bool, broadcastable to [B, H, Sq, Sk], True where the query may attend; None where it may attend every key."""
+    if keys == 0:
+        return torch.zeros(queries, 0, dtype=torch.bool, device=device)
     patterns = [] if mask is None else [mask]
     # The only query is the last one, and nothing comes after the last key.
     is_causal = pattern.is_causal and (queries > 1 or segments_q is not None)
     n = torch.arange(keys, device=device)
-    own = torch.arange(queries, device=device) + (keys - queries)
-    if key_mask is not None:
-        patterns.append(key_mask[:, None, None, :])
-        if pattern.is_causal:
-            real = key_mask[:, own.clamp_min(0)] & (own >= 0)
-            patterns.append(real[:, None, :, None])
-    own = own[None]
+    own = torch.arange(queries, device=device)[None] + (keys - queries)
     if segments_q is not None and segments_k is not None:
         start, stop, distance = segment_bounds(segments_q, segments_k).unbind(1)
         own = torch.arange(queries, device=device) + distance
         patterns.append(((n >= start[..., None]) & (n < stop[..., None]))[:, None])
+    if key_mask is not None:
+        patterns.append(key_mask[:, None, None, :])
+        if pattern.is_causal:
+            real = key_mask.gather(1, own.clamp_min(0).expand(len(key_mask), queries)) & (own >= 0)
+            patterns.append(real[:, None, :, None])
     if is_causal:
         patterns.append((n <= own[..., None])[:, None])
     if pattern.window is not None:

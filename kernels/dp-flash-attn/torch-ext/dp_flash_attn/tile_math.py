@@ -49,9 +49,15 @@ def scaled_dot(a, b, scale, UPCAST: tl.constexpr, M: tl.constexpr, N: tl.constex
 @triton.jit
 def capped(scores, softcap):
     """(softcap tanh(scores / softcap), tanh(scores / softcap)); libdevice's tanh does not exist in the interpreter."""
-    decay = tl.math.exp2(tl.abs(scores) * (-2.0 * LOG2E / softcap))
+    x = scores / softcap
+    decay = tl.math.exp2(tl.abs(x) * (-2.0 * LOG2E))
     tanh = (1.0 - decay) / (1.0 + decay)
-    tanh = tl.where(scores < 0, -tanh, tanh)
+    tanh = tl.where(x < 0, -tanh, tanh)
+    # Near 0 the difference loses the digits that softcap brings back to the front: Cephes' polynomial.
+    square = x * x
+    small = ((-5.70498872745e-3 * square + 2.06390887954e-2) * square - 5.37397155531e-2) * square + 1.33314422036e-1
+    small = x + x * square * (small * square - 3.33332819422e-1)
+    tanh = tl.where(square < 0.390625, small, tanh)
     return tanh * softcap, tanh
 
 
@@ -122,6 +128,7 @@ def queries_of_keys(
     n,
     batch,
     BOUNDS,
+    ROWS,
     KEY_MASK,
     stride_mask_b,
     stride_mask_s,
@@ -146,6 +153,10 @@ def queries_of_keys(
         own = n + (queries - keys)
     if IS_CAUSAL:
         start = tl.maximum(start, own)
+        if PADDED:
+            # Queries that stand beyond the first or the last real key are padding and see nothing.
+            start = tl.maximum(start, tl.load(ROWS + batch * 3) + own - n)
+            stop = tl.minimum(stop, tl.load(ROWS + batch * 3 + 1) + own - n)
     if HAS_WINDOW:
         stop = tl.minimum(stop, own + window)
         if not IS_CAUSAL:
