@@ -54,10 +54,8 @@ def make_plan(
     Raises:
         PrivacyError: the arguments and the sizes contradict each other, or not even one step fits the target.
     """
-    if privacy_args.privacy_unit != "example":
-        raise PrivacyError(
-            f"privacy_unit={privacy_args.privacy_unit!r} is not built yet; only privacy_unit='example' is so far."
-        )
+    if privacy_args.privacy_unit == "user":
+        raise PrivacyError("privacy_unit='user' is not built yet; use privacy_unit='example' or 'document'.")
     if privacy_args.expected_batch_size is not None:
         expected_batch_size = privacy_args.expected_batch_size
     sizes = {"num_units": num_units, "expected_batch_size": expected_batch_size, "max_steps": max_steps}

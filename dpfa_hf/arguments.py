@@ -87,8 +87,8 @@ class PrivacyArguments:
     privacy_unit: Literal["example", "document", "user"] = field(
         default="example",
         metadata={
-            "help": "What is protected. example: one row of the data set. document: one record, however it is packed. "
-            "user: all rows that share a value of privacy_unit_column."
+            "help": "What is protected. example: one row of the data set. document: the same, and a padding-free data "
+            "collator may pack the rows of a draw. user: all rows that share a value of privacy_unit_column."
         },
     )
     privacy_unit_column: str | None = field(

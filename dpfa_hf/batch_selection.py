@@ -12,6 +12,7 @@ import numpy as np
 from torch.utils.data import Dataset, Sampler
 
 from dpfa_hf.errors import PrivacyError
+from dpfa_hf.per_example import packing
 
 
 class TruncatedPoissonSampler(Sampler[np.ndarray]):
@@ -96,14 +97,19 @@ class LogicalBatches(Dataset[list[Any]]):
         dataset: map-style; rows are what `collate` takes.
         collate: list of rows -> collated micro-batch.
         micro_batch_size: rows in a micro-batch, at most.
+        packed: whether `collate` puts all rows into one without padding; what comes out is in the form of
+            `per_example.packing` then.
 
     Guarantee:
         A row that cannot be read or collated, or that is not collated to one entry, is left out of the sum, by itself:
-        it changes neither its neighbours nor whether training goes on (P23).
+        it changes neither its neighbours nor whether training goes on (P23). The drawn rows are packed as they were
+        drawn: each is one whole document of one micro-batch, and none is cut, dropped or kept for later (P6).
     """
 
-    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any], micro_batch_size: int) -> None:
-        self.dataset, self.collate, self.micro_batch_size = dataset, collate, micro_batch_size
+    def __init__(
+        self, dataset: Any, collate: Callable[[list[Any]], Any], micro_batch_size: int, *, packed: bool = False
+    ) -> None:
+        self.dataset, self.collate, self.micro_batch_size, self.packed = dataset, collate, micro_batch_size, packed
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -129,7 +135,12 @@ class LogicalBatches(Dataset[list[Any]]):
     def _collate(self, rows: list[Any]) -> list[Any]:
         try:
             collated = self.collate(rows)
-            if all(len(value) == len(rows) for value in collated.values()):
+            if self.packed:
+                batch = packing.normalise(collated, len(rows))
+                # A collator that truncates or reorders sees one row at a time, where it can affect no other.
+                if len(rows) == 1 or packing.lengths(batch) == [packing.aligned_length(row) for row in rows]:
+                    return [batch]
+            elif all(len(value) == len(rows) for value in collated.values()):
                 return [collated]
         except Exception:  # any row may raise anything
             pass

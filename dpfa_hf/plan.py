@@ -43,7 +43,7 @@ class PrivacyPlan:
     Built by `dpfa_hf.accounting.make_plan`. Construction checks types and ranges only.
 
     Attributes:
-        privacy_unit: what is protected ("example").
+        privacy_unit: what is protected, "example" or "document".
         adjacency: "zero_out" or "replace_one".
         accountant: "pld" or "rdp".
         clipping: "flat", "automatic" or "per_layer".

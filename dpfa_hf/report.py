@@ -58,7 +58,10 @@ _FIELDS = frozenset(
 _MODEL_FIELDS = ("class", "adapter", "trainable_parameters", "total_parameters")
 _UNITS = {
     "example": ("one example, that is, one row of the training data set", "each row counts by itself"),
-    "document": ("one document, however it is packed", "each record is sampled by itself and packed whole"),
+    "document": (
+        "one document, that is, one row of the training data set",
+        "each row is sampled by itself and only then packed, whole, with the others that were drawn",
+    ),
     "user": ("all rows of one user", "rows with the same value of the declared column count as one"),
 }
 _ADJACENCIES = {
@@ -323,6 +326,8 @@ def _assumptions(
         "The ledger was not edited, deleted or put back to an older copy": WORD,
         "The machine kept the raw data, the noise keys and the unreleased files to itself": WORD,
     }
+    if plan.privacy_unit == "document":
+        found["One row of the data set is one whole document, neither packed nor cut before sampling"] = WORD
     found["All runs on the same people's data, tuning included, are recorded under one name"] = (
         WORD if dataset else UNASSESSED
     )

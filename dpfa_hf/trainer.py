@@ -32,7 +32,7 @@ from dpfa_hf.errors import PrivacyError
 from dpfa_hf.ledger import Ledger
 from dpfa_hf.noise import GaussianNoise
 from dpfa_hf.per_example import losses as per_example_losses
-from dpfa_hf.per_example import preflight
+from dpfa_hf.per_example import packing, preflight
 from dpfa_hf.per_example.gradients import PerExampleGradients, PerExampleLoss
 from dpfa_hf.plan import PrivacyPlan
 from dpfa_hf.report import build_report, read_report, write_report
@@ -122,6 +122,7 @@ class DPTrainerMixin(_Base):
         self._run_budget: PrivacyBudget | None = None
         self._resumed = 0
         self._observed = True
+        self._packed = False
         self.args, self._micro_batch_size, expected = _private_copy(self.args, privacy_args)
         num_units = len(self.train_dataset)
         steps = self.args.max_steps
@@ -276,7 +277,14 @@ class DPTrainerMixin(_Base):
 
     def _check_on_synthetic_rows(self) -> None:
         dataset, collate = self._collated_dataset()
-        batch = preflight.synthetic_batch(self.model, self._task, preflight.declared_columns(dataset), collate)
+        batch = preflight.synthetic_batch(
+            self.model,
+            self._task,
+            preflight.declared_columns(dataset),
+            collate,
+            documents=self.privacy_plan.privacy_unit == "document",
+        )
+        self._packed = packing.is_packed(batch)
         batch = dict(self._prepare_inputs(batch))
         with self.accelerator.autocast():
             preflight.check(
@@ -314,7 +322,7 @@ class DPTrainerMixin(_Base):
         both possibly empty (P7)."""
         dataset, collate = self._collated_dataset()
         workers = self.args.dataloader_num_workers
-        self._batches = LogicalBatches(dataset, collate, self._micro_batch_size)
+        self._batches = LogicalBatches(dataset, collate, self._micro_batch_size, packed=self._packed)
         return DataLoader(
             _WithIndices(self._batches),
             batch_size=None,
@@ -623,6 +631,11 @@ def _refuse_arguments(args: TrainingArguments, privacy_args: PrivacyArguments) -
             "is not Poisson sampling; leave it at 'random' and batches are drawn by dpfa_hf",
         ),
         "group_by_length": (is_set("group_by_length"), "is not Poisson sampling; set it to False"),
+        "packing": (
+            is_set("packing"),
+            "packs rows before they are drawn, so that a person's text shares its protection with others'; set it to "
+            "False, and padding_free=True with privacy_unit='document' packs them after the draw",
+        ),
         "dataloader_drop_last": (is_set("dataloader_drop_last"), "drops units from the draw; set it to False"),
         "accelerator_config.split_batches": (
             bool(getattr(accelerator, "split_batches", False)),
@@ -691,6 +704,9 @@ def _ledger_inside(privacy_args: PrivacyArguments, folder: str) -> bool:
 def _refuse_trainer(trainer: Any, privacy_args: PrivacyArguments, loss_fn: PerExampleLoss | None) -> None:
     """Everything about the Trainer's parts that would make epsilon untrue."""
     _refuse_dataset(trainer.train_dataset)
+    packing.refuse_packed_columns(
+        preflight.declared_columns(trainer.train_dataset), documents=privacy_args.privacy_unit == "document"
+    )
     if trainer.model_init is not None:
         raise PrivacyError("model_init would replace the model whose layers were checked; pass model=")
     if getattr(trainer, "compute_loss_func", None) is not None:

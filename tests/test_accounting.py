@@ -405,7 +405,6 @@ def test_infinite_target_is_not_private_and_runs_all_its_steps(noise_multiplier:
 @pytest.mark.parametrize(
     ("named", "sizes", "arguments"),
     [
-        ("privacy_unit", {}, {"privacy_unit": "document"}),
         ("privacy_unit", {}, {"privacy_unit": "user", "privacy_unit_column": "author"}),
         ("expected_batch_size", {"expected_batch_size": 2001}, {}),
         ("expected_batch_size", {}, {"expected_batch_size": 2001}),

@@ -171,6 +171,15 @@ def test_everything_that_p25_lists_is_there(plan: PrivacyPlan, tmp_path: Path) -
     assert not re.search(r"complian|score|gdpr|hipaa", text + written(tmp_path, report).lower())
 
 
+def test_documents_are_stated_with_what_the_operator_vouches_for(plan: PrivacyPlan, tmp_path: Path) -> None:
+    report = built(replace(plan, privacy_unit="document"))
+    assert report["unit"]["privacy_unit"] == "document" and "only then packed, whole" in report["unit"]["how_built"]
+    words = {each["assumption"] for each in report["assumptions"] if each["status"] == report_module.WORD}
+    only_here = words - {each["assumption"] for each in built(plan)["assumptions"]}
+    assert only_here == {"One row of the data set is one whole document, neither packed nor cut before sampling"}
+    assert "one document, that is, one row" in written(tmp_path, report)
+
+
 def test_what_the_operator_switched_on_is_written(plan: PrivacyPlan) -> None:
     quiet, loud = built(plan), built(plan, log_private_metrics=True, eval_data="private")
     assert not any("loss" in release for release in quiet["releases"]["not_covered"])

@@ -686,6 +686,7 @@ REFUSED_ARGUMENTS: list[tuple[str, Any, str]] = [
     ("train_sampling_strategy", "group_by_length", "random"),
     ("train_sampling_strategy", "batch_rebalance", "random"),
     ("group_by_length", True, "False"),
+    ("packing", True, "padding_free"),
     ("dataloader_drop_last", True, "False"),
     ("accelerator_config.split_batches", True, "False"),
     ("accelerator_config.dispatch_batches", True, "None"),

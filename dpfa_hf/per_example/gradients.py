@@ -11,13 +11,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dpfa_hf.errors import PrivacyError
-from dpfa_hf.per_example import layers
+from dpfa_hf.per_example import layers, packing
 from dpfa_hf.per_example.layers import LayerCall, PerExampleGradient
 
 # Largest ratio of an example's mass (sum of |left_t| |right_t|) to the norm it is clipped by. Beyond it, float32 sums
@@ -25,7 +26,7 @@ from dpfa_hf.per_example.layers import LayerCall, PerExampleGradient
 MAX_CANCELLATION = 256.0
 AUTOMATIC_CLIPPING_STABILITY = 0.01
 
-Batch = Mapping[str, torch.Tensor]
+Batch = Mapping[str, Any]
 PerExampleLoss = Callable[[nn.Module, Batch], torch.Tensor]
 
 
@@ -72,6 +73,7 @@ class PerExampleGradients:
         self._sums: dict[str, torch.Tensor] = {}
         self._captures: list[_Capture] | None = None
         self._batch_size = 0
+        self._segments: packing.Segments | None = None
         self._infer_layouts = False
         self._adding = False
 
@@ -80,7 +82,12 @@ class PerExampleGradients:
     def accumulate(self, batch: Batch) -> torch.Tensor:
         """Add the clipped gradients of one micro-batch to the sum; returns its losses, [B], which are private.
 
-        Raises whatever the model raises; nothing has been added to the sum then.
+        The batch holds one example in each row, or documents packed into one row in the form of `packing`. If a packed
+        document is not finite, all are computed again, each in a row of its own: an attention weight of zero times a
+        neighbour's infinity is no number.
+
+        Raises whatever the model raises; nothing has been added to the sum then, or, of a packed row that was computed
+        again, what came before.
         """
         if not self.layouts:
             raise PrivacyError("the model was not checked on synthetic rows; call preflight.check(engine, ...) first")
@@ -89,11 +96,18 @@ class PerExampleGradients:
         with _exact_matmul():
             uses = self._uses(calls)
             norms = self.norms(uses, len(losses), losses.device)
+        if self._entangled(norms):
+            return torch.cat([self.accumulate(document) for document in packing.split(batch)])
+        with _exact_matmul():
             self._refuse_interrupted()
             self._adding = True
             self._add(uses, norms)
             self._adding = False
         return losses.detach()
+
+    def _entangled(self, norms: torch.Tensor) -> bool:
+        """Whether a document that is not finite shares its row with others, whose norms it may have spoilt."""
+        return self._segments is not None and norms.shape[1] > 1 and not bool(torch.isfinite(norms).all())
 
     def take(self) -> dict[str, torch.Tensor]:
         """The sums since the last `take`, by parameter name, float32 or float64; the engine starts again at zero.
@@ -138,7 +152,7 @@ class PerExampleGradients:
         self, batch: Batch, *, infer_layouts: bool = False, retain_graph: bool = False
     ) -> tuple[torch.Tensor, list[LayerCall]]:
         """Losses [B] and the layer calls with their output gradients; inside `attached`."""
-        self._batch_size = batch_size(batch)
+        self._batch_size, self._segments = batch_size(batch), packing.Segments.of(batch)
         self._infer_layouts = infer_layouts
         captures: list[_Capture] = []
         self._captures = captures
@@ -163,7 +177,9 @@ class PerExampleGradients:
                     "cannot be found. Write the operation out of place or freeze the layer"
                 )
             inputs, layout = (capture.inputs, capture.kwargs), self.layouts.get(capture.name, layers.BATCHED)
-            calls.append(LayerCall(capture.module, *inputs, grad, self._batch_size, layout, capture.name))
+            calls.append(
+                LayerCall(capture.module, *inputs, grad, self._batch_size, layout, capture.name, self._segments)
+            )
         return losses, calls
 
     def _hook(self, name: str) -> Callable:
@@ -187,7 +203,9 @@ class PerExampleGradients:
         """How the output's first dimension relates to the examples: found on synthetic rows, then enforced."""
         first, size = output.shape[0], self._batch_size
         if self._infer_layouts:
-            if first == size:
+            if self._segments is not None:
+                found = self._packed_layout(name, output, self._segments.total)
+            elif first == size:
                 found = layers.BATCHED
             elif first == 1 or first % size:
                 found = layers.SHARED
@@ -197,13 +215,25 @@ class PerExampleGradients:
                 raise PrivacyError(f"{name} is called with and without the examples in its first dimension; freeze it")
             return found
         layout = self.layouts.get(name)
-        fits = {layers.BATCHED: first == size, layers.FLATTENED: first % size == 0, layers.SHARED: True}
-        if layout is None or not fits[layout]:
+        if self._segments is not None:
+            fits = {layers.PACKED[axis]: True for axis in _token_dimensions(output, self._segments.total)}
+        else:
+            fits = {layers.BATCHED: first == size, layers.FLATTENED: first % size == 0, layers.SHARED: True}
+        if layout is None or not fits.get(layout, False):
             raise PrivacyError(
                 f"{name} returned {tuple(output.shape)} for {size} examples, unlike what it did on synthetic rows "
                 f"({layout or 'not called'}); freeze it, or pass rows of one form only"
             )
         return layout
+
+    def _packed_layout(self, name: str, output: torch.Tensor, total: int) -> str:
+        dimensions = _token_dimensions(output, total)
+        if not dimensions:
+            raise PrivacyError(
+                f"{name} returned {tuple(output.shape)} for a packed row of {total} tokens: what it gives is shared by "
+                "the documents or pooled over them; freeze it, or use a data_collator that pads instead of packing"
+            )
+        return layers.PACKED[dimensions[0]]
 
     # ---- norms and sums ---------------------------------------------------------------------------------------------
 
@@ -330,8 +360,18 @@ def covered_layers(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def _token_dimensions(output: torch.Tensor, total: int) -> list[int]:
+    """Which dimensions of a layer's output may be the tokens of a packed row; the last one holds features."""
+    sizes = output.shape[:-1][: len(layers.PACKED)]
+    return [axis for axis, size in enumerate(sizes) if size == total and (axis == 0 or sizes[0] == 1)]
+
+
 def batch_size(batch: Batch) -> int:
-    """The number of examples in a collated micro-batch: the first dimension that all its tensors share."""
+    """The number of examples in a collated micro-batch: the documents of a packed row, or the first dimension that all
+    tensors share."""
+    segments = packing.Segments.of(batch)
+    if segments is not None:
+        return segments.count
     sizes = {value.shape[0] for value in batch.values() if isinstance(value, torch.Tensor) and value.dim() > 0}
     if len(sizes) != 1:
         raise PrivacyError(

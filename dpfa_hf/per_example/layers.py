@@ -9,7 +9,7 @@ Add a layer type with one function::
 
     @register_rule(MyLinear)
     def my_linear(call):
-        return {"weight": Outer(call.rows(call.output_grad), call.rows(call.inputs[0]))}
+        return {"weight": Outer(call.grad_rows, call.rows(call.inputs[0]))}
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import nn
 from torch.func import functional_call, vjp, vmap
 
 from dpfa_hf.errors import PrivacyError
+from dpfa_hf.per_example.packing import Segments
 
 # Elements of the largest temporary that a norm may need: 16 MB in float32, whatever the layer's or batch's size.
 _MAX_TEMPORARY = 2**22
@@ -225,8 +226,10 @@ def _outer_lookup_product(outer: Outer, lookup: Lookup) -> torch.Tensor:
     return out
 
 
-# How the leading dimension of a layer's output relates to the examples; found once, before step 1, then enforced.
+# How a layer's output relates to the examples; found once, before step 1, then enforced.
 BATCHED, FLATTENED, SHARED = "batched", "flattened", "shared"
+# In a packed row the tokens of all examples lie along one dimension: [T, ...], [1, T, ...] or [1, heads, T, ...].
+PACKED = tuple(f"packed along dimension {axis}" for axis in range(3))
 
 
 @dataclass
@@ -240,7 +243,9 @@ class LayerCall:
         output_grad: gradient of the summed losses with respect to its output; the shape of the output.
         batch_size: B, the number of examples in the micro-batch.
         layout: "batched" ([B, ...]), "flattened" ([B * T, ...], examples one after another) or "shared" (one value for
-            all examples, such as position embeddings; the engine has expanded the output to [B, ...]).
+            all examples, such as position embeddings; the engine has expanded the output to [B, ...]) or one of
+            `PACKED`.
+        segments: where the examples lie, if they are packed into one row.
     """
 
     module: nn.Module
@@ -250,9 +255,18 @@ class LayerCall:
     batch_size: int
     layout: str = BATCHED
     name: str = field(default="", repr=False)
+    segments: Segments | None = field(default=None, repr=False)
 
     def examples(self, tensor: torch.Tensor, *, is_grad: bool = False) -> torch.Tensor:
-        """The tensor with the examples in its first dimension, [B, ...]; a view or an expansion, never a sum."""
+        """The tensor with the examples in its first dimension, [B, ...]; a view, an expansion or a copy, never a sum.
+
+        Packed examples come out as long as the longest, with zeros behind the others' gradients and, elsewhere, their
+        own last token over again: finite wherever the example is, and multiplied by those zeros.
+        """
+        if self.segments is not None:
+            axis = PACKED.index(self.layout)
+            tokens = tensor[0].movedim(axis - 1, 0) if axis else tensor
+            return self.segments.unpack(tokens, 0 if is_grad or tensor is self.output_grad else None)
         if self.layout == SHARED and not is_grad:
             tensor = tensor if tensor.shape[0] == 1 and tensor.dim() == self.output_grad.dim() else tensor[None]
             return tensor.expand(self.batch_size, *tensor.shape[1:])

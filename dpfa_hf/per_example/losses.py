@@ -7,6 +7,7 @@ Token-level losses are averaged over the example's own tokens.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dpfa_hf.errors import PrivacyError
+from dpfa_hf.per_example.packing import Segments
 
 IGNORE_INDEX = -100
 TASKS = (
@@ -25,6 +27,8 @@ TASKS = (
     "question_answering",
     "seq2seq_lm",
 )
+# Tasks whose loss is a mean over tokens, so that documents packed into one row can be told apart in it.
+PACKABLE_TASKS = ("causal_lm", "masked_lm", "token_classification")
 LABELS = {"question_answering": ("start_positions", "end_positions")}
 
 
@@ -74,17 +78,23 @@ def _flat(values: object) -> set[str]:
     return flat
 
 
-def per_example_loss(model: nn.Module, task: str) -> Callable[[nn.Module, Mapping[str, torch.Tensor]], torch.Tensor]:
+def per_example_loss(model: nn.Module, task: str) -> Callable[[nn.Module, Mapping[str, Any]], torch.Tensor]:
     """The loss function of a task: (model, collated batch with labels) -> [B] float32 (float64 for float64 models).
 
+    Of documents packed into one row (see `packing`) each has the loss that it has alone.
+
+    Raises:
+        PrivacyError: the batch is packed and the task pools a row.
+
     Guarantee:
-        Entry i depends on row i of the batch and on the weights alone, if the model's forward treats rows separately
-        (which `preflight.check` tests). A row with a label outside the model's range has loss 0 and no gradient; it
-        neither raises nor touches its neighbours (P23).
+        Entry i depends on example i of the batch and on the weights alone, if the model's forward treats examples
+        separately (which `preflight.check` tests). An example with a label outside the model's range has loss 0 and no
+        gradient; it neither raises nor touches its neighbours (P23).
     """
     config = base_model(model).config
+    takes_use_cache = "use_cache" in inspect.signature(base_model(model).forward).parameters
 
-    def loss(called: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def loss(called: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
         names = LABELS.get(task, ("labels",))
         missing = [name for name in names if name not in batch]
         if missing:
@@ -93,14 +103,23 @@ def per_example_loss(model: nn.Module, task: str) -> Callable[[nn.Module, Mappin
             )
         labels = [batch[name] for name in names]
         inputs = {k: v for k, v in batch.items() if k not in names}
+        segments = Segments.of(batch)
+        if segments is not None:
+            if task not in PACKABLE_TASKS:
+                raise PrivacyError(
+                    f"{task} has one output for a whole row, so documents cannot be packed into one; use a data "
+                    "collator that pads, such as DataCollatorWithPadding"
+                )
+            # With a cache Transformers does not look for packing, and the documents would attend to each other.
+            output = called(**inputs, **({"use_cache": False} if takes_use_cache else {}))
+            return _document_mean(_float(output.logits), labels[0], segments, predicts_next=task == "causal_lm")
         if task == "seq2seq_lm" and "decoder_input_ids" not in inputs and "decoder_inputs_embeds" not in inputs:
             vocabulary = config.get_text_config(decoder=True).vocab_size
             inputs["decoder_input_ids"] = _shift_right(base_model(model), _in_range(labels[0], vocabulary))
         output = called(**inputs)
         if task == "question_answering":
             return _question_answering(output, labels, inputs.get("attention_mask"))
-        logits = output.logits
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = _float(output.logits)
         if task == "sequence_classification":
             return _classification(logits, labels[0], config)
         if task == "causal_lm":
@@ -112,6 +131,10 @@ def per_example_loss(model: nn.Module, task: str) -> Callable[[nn.Module, Mappin
         return _token_mean(logits, labels[0])
 
     return loss
+
+
+def _float(logits: torch.Tensor) -> torch.Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _shift_right(model: Any, labels: torch.Tensor) -> torch.Tensor:
@@ -132,6 +155,22 @@ def _token_mean(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     labels = _in_range(labels, logits.shape[-1])
     losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
     return losses.view(labels.shape).sum(1) / (labels != IGNORE_INDEX).sum(1).clamp_min(1)
+
+
+def _document_mean(
+    logits: torch.Tensor, labels: torch.Tensor, segments: Segments, *, predicts_next: bool
+) -> torch.Tensor:
+    """`_token_mean` of the n documents of a packed row; logits [1, T, V], labels [1, T] -> [n].
+
+    Labels are laid out by document before they are shifted, so that no document's last token predicts its neighbour's
+    first.
+    """
+    targets = segments.unpack(labels[0], IGNORE_INDEX)
+    if predicts_next:
+        targets = F.pad(targets[:, 1:], (0, 1), value=IGNORE_INDEX)
+    targets = _in_range(targets, logits.shape[-1])
+    losses = F.cross_entropy(logits[0], segments.pack(targets), ignore_index=IGNORE_INDEX, reduction="none")
+    return segments.unpack(losses, 0).sum(1) / (targets != IGNORE_INDEX).sum(1).clamp_min(1)
 
 
 def _in_range(labels: torch.Tensor, classes: int) -> torch.Tensor:
@@ -164,7 +203,7 @@ def _question_answering(output: object, positions: list[torch.Tensor], mask: tor
     """
     losses = []
     for logits, position in zip((output.start_logits, output.end_logits), positions, strict=True):  # type: ignore[attr-defined]
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = _float(logits)
         own = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask.bool()
         inside = position.view(-1).clamp(0, logits.shape[1] - 1)
         is_answer = (position.view(-1) < logits.shape[1]) & own.gather(1, inside[:, None]).squeeze(1)

@@ -9,13 +9,14 @@ import contextlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from dpfa_hf.errors import PrivacyError
-from dpfa_hf.per_example import layers
+from dpfa_hf.per_example import layers, packing
 from dpfa_hf.per_example.gradients import Batch, PerExampleGradients, PerExampleLoss, batch_size
 from dpfa_hf.per_example.losses import IGNORE_INDEX, base_model
 
@@ -188,11 +189,21 @@ def synthetic_batch(
     task: str | None,
     columns: Mapping[str, Column],
     collate: Callable[[list[dict]], Batch] | None = None,
-) -> dict[str, torch.Tensor]:
+    *,
+    documents: bool = False,
+) -> dict[str, Any]:
     """Three synthetic rows as the trainer's own collator would hand them over.
 
+    Args:
+        model: whose configuration says which values are possible.
+        task: one of `losses.TASKS`, or None if only the columns tell.
+        columns: what a row holds.
+        collate: the trainer's data collator; by default rows are padded on the right.
+        documents: whether the collator may pack the rows into one; the batch is then in the form of `packing`.
+
     Raises:
-        PrivacyError: if the collator cannot collate rows of unequal and of equal length.
+        PrivacyError: if the collator cannot collate rows of unequal and of equal length, packs them without
+            `documents`, or lets one row change another.
     """
     if not columns:
         if task is None:
@@ -210,13 +221,19 @@ def synthetic_batch(
         except Exception as error:  # any collator, any error: it is reported below
             failure = error
             continue
-        if batch_size(batch) != len(rows):
+        packed = packing.looks_packed(batch, len(rows))
+        if packed and documents:
+            batch = packing.normalise(batch, len(rows))
+        elif packed or batch_size(batch) != len(rows):
             raise PrivacyError(
-                f"data_collator turned {len(rows)} rows into {batch_size(batch)}: packing or pairing collators hide "
-                "where one example ends; use one that returns one entry per row, such as DataCollatorWithPadding"
+                f"data_collator turned {len(rows)} rows into {1 if packed else batch_size(batch)}: packing or pairing "
+                "collators hide where one example ends; use one that returns one entry per row, such as "
+                "DataCollatorWithPadding, or, for a padding-free one, privacy_unit='document'"
             )
         if collate is not None:
-            _check_collator(collate, rows, columns)
+            _check_collator(collate, rows, columns, packed)
+        if packed:
+            return packing.join([_with_some_label(document, task) for document in packing.split(batch)])
         return _with_some_label(batch, task)
     raise PrivacyError(
         f"data_collator failed on synthetic rows with the columns {sorted(columns)} ({type(failure).__name__}: "
@@ -224,20 +241,32 @@ def synthetic_batch(
     )
 
 
-def _check_collator(collate: Callable[[list[dict]], Batch], rows: list[dict], columns: Mapping[str, Column]) -> None:
+def _check_collator(
+    collate: Callable[[list[dict]], Batch], rows: list[dict], columns: Mapping[str, Column], packed: bool
+) -> None:
     """Refuses a collator that mixes rows (mixup, batch statistics): replacing row 0 must leave the others alone.
 
     A collator that answers differently to the same rows under the same seeds cannot be tried so.
     """
     other = [{name: _another(rows[0][name], columns[name]) for name in rows[0]}, *rows[1:]]
-    first, again, changed = (_seeded_call(collate, candidate) for candidate in (rows, rows, other))
-    if all(torch.equal(first[k], again[k]) for k in first) and not all(
-        first[k].shape == changed[k].shape and torch.equal(first[k][1:], changed[k][1:]) for k in first
-    ):
+    first, again, changed = (_entries(_seeded_call(collate, each), packed, len(rows)) for each in (rows, rows, other))
+    if _equal(first, again) and not _equal(first[1:], changed[1:]):
         raise PrivacyError(
             "data_collator lets one row change another (such as mixup or normalisation over the batch); use one that "
             "treats rows separately"
         )
+
+
+def _entries(collated: Batch, packed: bool, size: int) -> list[dict[str, torch.Tensor]]:
+    """What a collator made of each row."""
+    if packed:
+        documents = packing.split(packing.normalise(collated, size))
+        return [{k: v for k, v in document.items() if isinstance(v, torch.Tensor)} for document in documents]
+    return [{name: value[i] for name, value in collated.items()} for i in range(size)]
+
+
+def _equal(left: list[dict[str, torch.Tensor]], right: list[dict[str, torch.Tensor]]) -> bool:
+    return all(torch.equal(a[name], b[name]) for a, b in zip(left, right, strict=True) for name in a)
 
 
 def _another(value: object, column: Column) -> object:
@@ -297,6 +326,9 @@ def check(
     model = engine.model
     called = forward if forward is not None else model
     _refuse_skipped_layers(getattr(base_model(model), "config", None))
+    _refuse_growing_positions(getattr(base_model(model), "config", None))
+    if packing.is_packed(batch):
+        packing.refuse_leaking_model(getattr(base_model(model), "config", None))
     training, device = model.training, next(model.parameters()).device
     devices = [device.index or 0] if device.type == "cuda" else []
     model.train()
@@ -335,6 +367,21 @@ def _refuse_skipped_layers(config: object) -> None:
             )
 
 
+def _refuse_growing_positions(config: Any) -> None:
+    """Rotary frequencies that Transformers picks for a whole batch, by its longest row: synthetic rows are too short to
+    show it."""
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    for name in ("rope_parameters", "rope_scaling"):
+        given = getattr(text, name, None)
+        for each in (given, *given.values()) if isinstance(given, Mapping) else ():
+            kind = each.get("rope_type", each.get("type")) if isinstance(each, Mapping) else None
+            if kind in ("dynamic", "longrope"):
+                raise PrivacyError(
+                    f"config.{name} has rope_type={kind!r}, which changes every row of a batch when one is long; set "
+                    "it to 'default', or to 'linear' or 'yarn' with the factor that fits the longest row"
+                )
+
+
 def _check_buffers(model: nn.Module, before: Mapping[str, torch.Tensor]) -> None:
     for name, buffer in model.named_buffers():
         if name in before and not torch.equal(buffer, before[name]):
@@ -350,11 +397,14 @@ def _tolerance(engine: PerExampleGradients, table: Mapping[torch.dtype, float]) 
 
 @contextlib.contextmanager
 def _differentiable_embeddings(model: nn.Module, size: int) -> Iterator[list[torch.Tensor]]:
-    """Cuts the graph at every embedding that is looked up per example and collects its outputs as leaves."""
+    """Cuts the graph at every embedding that is looked up per entry and collects its outputs as leaves.
+
+    There are `size` entries, examples in the first dimension or tokens of a packed row in the first or second.
+    """
     leaves: list[torch.Tensor] = []
 
     def cut(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
-        if not torch.is_grad_enabled() or output.shape[0] != size:
+        if not torch.is_grad_enabled() or (output.shape[0] != size and output.shape[:2] != (1, size)):
             return None
         leaf = output.detach().requires_grad_()
         leaves.append(leaf)
@@ -369,19 +419,24 @@ def _differentiable_embeddings(model: nn.Module, size: int) -> Iterator[list[tor
 
 
 def _check_isolation(loss: PerExampleLoss, called: nn.Module, model: nn.Module, batch: Batch, tolerance: float) -> None:
-    size = next(iter(batch.values())).shape[0]
-    inputs = {
-        k: v.detach().clone().requires_grad_() if v.is_floating_point() and not k.startswith("label") else v
-        for k, v in batch.items()
-    }
+    size, segments = batch_size(batch), packing.Segments.of(batch)
+    # The example that each entry of a leaf belongs to: rows, or the tokens of a packed row.
+    owner = torch.arange(size) if segments is None else segments.owner
+    inputs = {k: v.detach().clone().requires_grad_() if _is_differentiable(k, v) else v for k, v in batch.items()}
     advice = (
         "the examples of a batch are not independent (BatchNorm, a mixture-of-experts capacity or auxiliary loss, "
         "in-batch negatives, or a per_example_loss_fn that averages): remove it, or use another model"
     )
-    with torch.enable_grad(), _differentiable_embeddings(model, size) as leaves:
+    if segments is not None:
+        advice = (
+            "the documents of a packed row are not independent (attention that does not look for packing, or what "
+            "makes the rows of a batch depend on each other): load the model with attn_implementation='dp_flash', or "
+            "use a data_collator that pads"
+        )
+    with torch.enable_grad(), _differentiable_embeddings(model, len(owner)) as leaves:
         torch.manual_seed(0)
         losses = loss(called, inputs)
-        leaves = leaves + [v for v in inputs.values() if v.requires_grad]
+        leaves = leaves + [v for k, v in inputs.items() if _is_differentiable(k, v)]
         if not leaves:
             raise PrivacyError("no input of the model is differentiable, so its examples' isolation cannot be checked")
         if losses.shape != (size,):
@@ -396,18 +451,26 @@ def _check_isolation(loss: PerExampleLoss, called: nn.Module, model: nn.Module, 
             for grad in grads:
                 if grad is None:
                     continue
-                others = grad[torch.arange(size, device=grad.device) != i]
-                if not bool((others == 0).all()):
+                entries = grad if len(grad) == len(owner) else grad[0]
+                if not bool((entries[owner.to(grad.device) != i] == 0).all()):
                     raise PrivacyError(f"the loss of one example has a gradient with respect to another's: {advice}")
     _check_perturbation(loss, called, batch, tolerance, advice)
 
 
+def _is_differentiable(name: str, value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and not name.startswith("label")
+
+
 def _check_perturbation(loss: PerExampleLoss, called: nn.Module, batch: Batch, tolerance: float, advice: str) -> None:
     """What gradients cannot see (top-k routing, counts): replacing row 0 must leave the other rows' losses alone."""
-    changed = {k: v.clone() for k, v in batch.items()}
-    for value in changed.values():
-        if value.dim() > 0 and len(value) > 1:
-            value[0] = value[1].flip(0) if value.dim() > 1 else value[1]
+    if packing.is_packed(batch):
+        documents = packing.split(batch)
+        changed = packing.join([_reversed(documents[0]), *documents[1:]])
+    else:
+        changed = {k: v.clone() for k, v in batch.items()}
+        for value in changed.values():
+            if value.dim() > 0 and len(value) > 1:
+                value[0] = value[1].flip(0) if value.dim() > 1 else value[1]
     with torch.no_grad():
         torch.manual_seed(0)
         before = loss(called, batch)
@@ -417,8 +480,18 @@ def _check_perturbation(loss: PerExampleLoss, called: nn.Module, batch: Batch, t
         raise PrivacyError(f"replacing one example changes the loss of another: {advice}")
 
 
+def _reversed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A packed document with its tokens and labels, but not its positions, in reverse."""
+    return {
+        name: value.flip(1) if isinstance(value, torch.Tensor) and value.dim() > 1 and name != "position_ids" else value
+        for name, value in document.items()
+    }
+
+
 def _row_alone(batch: Batch, i: int) -> dict[str, torch.Tensor]:
-    """Row i as a batch of its own, without the padding that its neighbours caused."""
+    """Row i as a batch of its own, without the padding that its neighbours caused; a document, unpacked."""
+    if packing.is_packed(batch):
+        return packing.alone(batch, i)
     row = {name: value[i : i + 1] for name, value in batch.items()}
     mask = row.get("attention_mask")
     if mask is None or mask.dim() != 2:
@@ -429,6 +502,9 @@ def _row_alone(batch: Batch, i: int) -> dict[str, torch.Tensor]:
 
 def _check_rows_alone(loss: PerExampleLoss, called: nn.Module, batch: Batch, tolerance: float) -> None:
     """A row alone and unpadded has the loss that it has beside others: padding is up to its longest neighbour (P10)."""
+    if packing.is_packed(batch):
+        _check_documents_alone(loss, called, batch, tolerance)
+        return
     with torch.no_grad():
         together = loss(called, batch)
         alone = torch.cat([loss(called, _row_alone(batch, i)) for i in range(len(together))])
@@ -437,6 +513,21 @@ def _check_rows_alone(loss: PerExampleLoss, called: nn.Module, batch: Batch, tol
             "a row's loss changes with the rows beside it or with the padding that they cause: pad on the right "
             "(processing_class.padding_side), return attention_mask and position_ids from the data collator, or mask "
             "the padding in per_example_loss_fn"
+        )
+
+
+def _check_documents_alone(loss: PerExampleLoss, called: nn.Module, batch: Batch, tolerance: float) -> None:
+    """A document has the same loss alone in a row, and beside a neighbour of any length."""
+    documents = packing.split(batch)
+    with torch.no_grad():
+        together = loss(called, batch)
+        alone = torch.cat([loss(called, document) for document in documents])
+        beside = [loss(called, packing.join([other, *documents[1:]]))[1:] for other in documents[1:]]
+    expected = torch.cat([together, *[together[1:]] * len(beside)])
+    if not torch.allclose(torch.cat([alone, *beside]), expected, rtol=tolerance, atol=tolerance):
+        raise PrivacyError(
+            "a packed document's loss changes with the documents beside it or with their lengths: load the model with "
+            "attn_implementation='dp_flash', or use a data_collator that pads"
         )
 
 
@@ -452,8 +543,9 @@ def _check_model_loss(
                 raise PrivacyError(
                     f"{type(base_model(model)).__name__} computes a loss of its own "
                     f"({'none' if theirs is None else format(theirs.item(), '.5g')} where the task's is "
-                    f"{ours[i].item():.5g}): pass per_example_loss_fn, or switch off its extra terms (such as "
-                    "output_router_logits)"
+                    f"{ours[i].item():.5g}): pass per_example_loss_fn, switch off its extra terms (such as "
+                    "output_router_logits), or, if rows are packed, let the data collator count positions as the model "
+                    "does (position_ids_start)"
                 )
 
 

@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional as F
 
@@ -429,3 +430,30 @@ def test_a_model_that_fails_on_what_the_collator_returns_is_refused(lab: SimpleN
     engine = PerExampleGradients(model, losses.per_example_loss(model, "sequence_classification"), clipping_norm=1.0)
     with refuses("BertForSequenceClassification failed.*inputs_embeds"):
         preflight.check(engine, batch)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_positions_that_follow_the_longest_row_of_a_batch_are_refused(
+    lab: SimpleNamespace, kind: str, nested: bool
+) -> None:
+    parameters = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
+    with refuses(f"{kind}.*'yarn'"):
+        check_family(lab, "llama", rope_parameters={"full_attention": parameters} if nested else parameters)
+
+
+def test_dynamic_positions_do_follow_the_longest_row() -> None:
+    """Why they are refused: beside a row longer than the model was made for, a short row's output is another."""
+    row = torch.arange(6)[None]
+    padded = torch.cat([row, torch.zeros(1, 14, dtype=torch.long)], 1)  # on the right, behind a causal mask
+    changes = {}
+    for kind in ("default", "dynamic"):
+        config = transformers.LlamaConfig(
+            vocab_size=9, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+            max_position_embeddings=8, rope_parameters={"rope_type": kind, "rope_theta": 1e4, "factor": 2.0},
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(config).double()
+        with torch.no_grad():
+            changes[kind] = float((model(row).logits - model(padded).logits[:, :6]).abs().max())
+    assert changes["default"] < 1e-12 < 1e-7 < changes["dynamic"]
