@@ -133,6 +133,10 @@ def dp_flash_attention(
             f"ignore; load the model with attn_implementation='eager'"
         )
     pattern = _pattern(module, query, key, attention_mask, is_causal, sliding_window)
+    if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
+        # A mask made from the same packed row's positions says the same sequences again.
+        pattern.pop("segments_q", None)
+        pattern.pop("segments_k", None)
     bias = pattern.pop("bias", None)
     if position_bias is not None:
         bias = position_bias if bias is None else position_bias + bias
