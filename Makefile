@@ -1,6 +1,7 @@
 # make demo             install and fine-tune a real model on real text under differential privacy
 # make test             install and run all tests
 # make lint             ruff and mypy
+# make tables           run the tests of families and features, and write README's tables from their results
 # make compile-all      compile every kernel of the tile tables ahead of time, into benchmarks/results/
 # make bench            measurements of training, into benchmarks/results/
 # make bench-attention  measurements of attention, into benchmarks/results/
@@ -18,7 +19,7 @@ SDIST_SHA256 := 19d647a4d5d903a7c644ca5cde2d86efc3dde7d8c687ae7988806ff2205efa71
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-lm test lint bench bench-attention compile-all clean
+.PHONY: demo demo-lm test lint bench bench-attention compile-all tables clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -66,6 +67,9 @@ bench-attention: $(VENV)/.test
 
 compile-all: $(VENV)/.test
 	$(BIN)/python benchmarks/compile_all.py
+
+tables: $(VENV)/.test $(SDIST)
+	$(BIN)/python benchmarks/families.py
 
 clean:
 	rm -rf $(VENV)

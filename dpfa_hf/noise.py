@@ -82,7 +82,7 @@ class GaussianNoise:
     Guarantee:
         Every call of `add_noise` is one logical step and takes fresh key bytes from the operating system. Within a step
         the tensor's position in `sums` is the nonce and the element's position divided by eight is the counter, so no
-        byte of the keystream serves two elements, and under no key two steps (P9, P17). There is no seed to pass, to
+        normal serves two elements, and no key two steps (P9, P17). There is no seed to pass, to
         save or to restore; torch's and numpy's global generators are neither read nor advanced. Epsilon is for real
         arithmetic (P18): snapping removes the low bits that the simplest floating-point attacks read, it does not prove
         finite precision.
