@@ -52,6 +52,8 @@ FACTORS = (
     "dtype", "causal", "window", "softcap", "sinks", "padding", "packing", "heads", "dropout", "width", "length",
     "layout",
 )  # fmt: skip
+# Query and key heads, query and value width: _4_2_ in the name is 4/2 in the table.
+_PAIRS = ("heads", "width")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -103,7 +105,8 @@ def summarise(outcomes: dict[str, str], upstream: Iterable[dict]) -> dict:
             levels = dict(zip(FACTORS, parameters.split("-"), strict=True))
             for factor, level in levels.items():
                 if factor not in ("dtype", "length"):
-                    count(features, f"{factor}: {level}", levels["dtype"], passed)
+                    shown = "/".join(part for part in level.split("_") if part) if factor in _PAIRS else level
+                    count(features, f"{factor}: {shown}", levels["dtype"], passed)
     for result in upstream:
         for outcome in result["outcomes"].values():
             if outcome["stock"] == "passed":

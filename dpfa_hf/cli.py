@@ -386,26 +386,36 @@ def _preflight(model: nn.Module, task: str) -> None:
 
 
 def _attention_backends(model: nn.Module, task: str) -> list[dict[str, Any]]:
-    """Who computes the attention of the layers, for rows without padding and for padded ones; none without dp_flash.
+    """Who computes the attention of the layers for plain, padded and, where the task allows it, packed rows; none
+    without dp_flash.
 
     Decided by the form of the calls alone, so that a machine without a GPU can tell what one would take.
     """
     from collections import Counter
 
     import torch
+    from transformers import DataCollatorWithFlattening
 
     from dpfa_hf._kernel import Call, choose, observed
-    from dpfa_hf.per_example import preflight
+    from dpfa_hf.per_example import losses, packing, preflight
 
-    batch = {k: v for k, v in preflight.synthetic_batch(model, task, {}).items() if "label" not in k}
+    padded = preflight.synthetic_batch(model, task, {})
+    forms = {"no padding": {k: v for k, v in padded.items() if k != "attention_mask"}, "padded": padded}
+    if task in losses.PACKABLE_TASKS and model.config.model_type not in packing.LEAKING_MODEL_TYPES:
+        inside = padded["attention_mask"].bool()
+        rows = [
+            {name: padded[name][i][each].tolist() for name in ("input_ids", "labels")} for i, each in enumerate(inside)
+        ]
+        forms["packed"] = packing.normalise(DataCollatorWithFlattening()(rows), len(rows))
+    loss = losses.per_example_loss(model, task)
     found: Counter[tuple[str, Call, str]] = Counter()
-    for form, names in (("no padding", batch.keys() - {"attention_mask"}), ("padded", batch.keys())):
+    for form, batch in forms.items():
 
         def note(call: Call, backend: str, form: str = form) -> None:
             found[form, call, backend] += 1
 
         with torch.no_grad(), observed(note):
-            model.eval()(**{name: batch[name] for name in names})
+            loss(model.eval(), batch)
     return [
         {
             "call": ", ".join([form, *_described(call)]),
@@ -421,7 +431,7 @@ def _described(call: Any) -> list[str]:
     words = ["causal" if call.is_causal else "bidirectional"]
     if call.window is not None:
         words.append(f"window {call.window}")
-    words += [name for name in ("packed", "softcap", "sinks", "dropout") if getattr(call, name)]
+    words += [name for name in ("softcap", "sinks", "dropout") if getattr(call, name)]
     return words + ["a written-out mask or bias"] * call.dense
 
 

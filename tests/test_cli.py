@@ -211,6 +211,12 @@ def test_check_says_who_computes_the_attention_here_and_on_a_gpu(models: Path) -
     assert "computed here by" in dpfa("check", str(models / "bert")).stdout
 
 
+def test_check_says_who_computes_the_attention_of_packed_rows(models: Path) -> None:
+    found = json.loads(dpfa("check", str(models / "gpt2"), "--json").stdout)["attention"]
+    packed = [each for each in found if each["call"].startswith("packed")]
+    assert [(each["here"], each["cuda"]) for each in packed] == [("reference", "varlen")]
+
+
 def test_check_without_dp_flash_says_nothing_about_it(models: Path) -> None:
     assert not json.loads(dpfa("check", str(models / "bert"), "--attn-implementation", "sdpa", "--json").stdout)[
         "attention"

@@ -26,7 +26,7 @@ _LONGEST = ("max_length_q", "max_length_k")
 # Columns by which TRL, Transformers and others say that a row holds several texts already.
 _SIGNS_OF_PACKED_ROWS = (*BOUNDARIES, *_LONGEST, "seq_lengths", "seq_idx")
 # Architectures that let packed documents attend to each other whatever announces them, in Transformers itself.
-_LEAKING_MODEL_TYPES = ("gpt_oss", "modernbert", "opt")
+LEAKING_MODEL_TYPES = ("gpt_oss", "modernbert", "opt")
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ def refuse_leaking_model(config: object) -> None:
         PrivacyError: naming the model type.
     """
     model_type = getattr(config, "model_type", None)
-    if model_type in _LEAKING_MODEL_TYPES:
+    if model_type in LEAKING_MODEL_TYPES:
         raise PrivacyError(
             f"{model_type} lets documents of a packed row attend to each other in Transformers; use a padding "
             "data_collator, such as DataCollatorForLanguageModeling"

@@ -52,9 +52,9 @@ KERNELS = {
     "clip_and_noise": release.clip_and_noise_kernel,
 }
 WIDTHS = (16, 32, 64, 128, 256)
-# Every feature that only narrows what is seen, or adds to the sum; and those that compute more for every score.
-LIGHT = ("causal", "window", "packed", "padded", "sinks")
-HEAVY = ("softcap", "dropout")
+# Everything at once but dropout, which has tiles of its own.
+MOST = ("causal", "window", "packed", "padded", "sinks", "softcap")
+ALL = (*MOST, "dropout")
 
 # Absent pointers are constants, and so is what a stride of the mask always is.
 _POINTERS = {
@@ -74,7 +74,7 @@ _FLOATS = ("scale", "softcap", "dropout", "bound", "standard_deviation", "grid",
 
 
 class Variant(NamedTuple):
-    """One build: a kernel with constants, for a chip. `dtype` is Triton's name; features are from LIGHT and HEAVY."""
+    """One build: a kernel with constants, for a chip. `dtype` is Triton's name; features are from ALL."""
 
     architecture: str
     kernel: str
@@ -180,10 +180,9 @@ def table() -> Iterator[Variant]:
                 odd = width if width == 16 else width * 3 // 4
                 yield Variant(architecture, kernel, "bf16", width, width, ("causal",))
                 for dtype in ("bf16", "fp32"):
-                    yield Variant(architecture, kernel, dtype, odd, odd, LIGHT)
-                    yield Variant(architecture, kernel, dtype, odd, odd, (*LIGHT, "softcap"))
-                    yield Variant(architecture, kernel, dtype, odd, odd, LIGHT + HEAVY)
-            for feature in ("window", "packed", "padded", "sinks", *HEAVY):
+                    yield Variant(architecture, kernel, dtype, odd, odd, MOST)
+                    yield Variant(architecture, kernel, dtype, odd, odd, ALL)
+            for feature in ALL[1:]:
                 yield Variant(architecture, kernel, "fp16", 128, 128, ("causal", feature))
             yield Variant(architecture, kernel, "fp16", 64, 64, ("padded",))
             yield Variant(architecture, kernel, "fp16", 72, 72, ("causal", "padded"))
@@ -198,7 +197,7 @@ def table() -> Iterator[Variant]:
 def representatives() -> Iterator[Variant]:
     """The builds of `table` that every run of the tests repeats: of each tile those that need most."""
     for variant in table():
-        everything, most = variant.features == LIGHT + HEAVY, variant.features == LIGHT
+        everything, most = variant.features == ALL, variant.features == MOST
         if variant.kernel not in tiles.PASSES:
             wanted = variant.dtype == "bf16" and variant.width > 64
         elif variant.dtype == "fp32":

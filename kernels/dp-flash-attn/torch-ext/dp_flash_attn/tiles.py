@@ -34,7 +34,7 @@ _HALF = {
     "sm_80": {
         "forward": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 64, 8, 2)},
         "query_grad": {64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 1)},
-        "key_grad": {64: Tile(64, 128, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 2)},
+        "key_grad": {64: Tile(64, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 2)},
     },
     "sm_90": {
         "forward": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2)},
@@ -80,6 +80,7 @@ _FLOAT32 = {
 # Where the random numbers of dropout leave too few registers for the tile above; only of 16-bit inputs.
 _DROPOUT = {
     ("sm_80", "query_grad", 64): Tile(64, 32, 8, 2),
+    ("sm_80", "key_grad", 64): Tile(32, 64, 8, 2),
     ("sm_80", "key_grad", 256): Tile(32, 32, 8, 2),
     ("sm_90", "query_grad", 256): Tile(64, 16, 8, 2),
     ("sm_90", "key_grad", 64): Tile(32, 128, 8, 2),
