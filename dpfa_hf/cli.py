@@ -401,7 +401,7 @@ def _attention_backends(model: nn.Module, task: str) -> list[dict[str, Any]]:
 
     padded = preflight.synthetic_batch(model, task, {})
     forms = {"no padding": {k: v for k, v in padded.items() if k != "attention_mask"}, "padded": padded}
-    if task in losses.PACKABLE_TASKS and model.config.model_type not in packing.LEAKING_MODEL_TYPES:
+    if task in losses.PACKABLE_TASKS and getattr(model.config, "model_type", None) not in packing.LEAKING_MODEL_TYPES:
         inside = padded["attention_mask"].bool()
         rows = [
             {name: padded[name][i][each].tolist() for name in ("input_ids", "labels")} for i, each in enumerate(inside)

@@ -56,13 +56,14 @@ def forward(
     Returns:
         ([B, Sq, H, Dv], log-sum-exp [B, H, Sq] float32, -inf where a query sees nothing), both contiguous.
     """
-    query, key, value = (_last_dense(tensor) for tensor in (query, key, value))
+    asked_width = value.shape[3]
+    query, key, value = (_readable(tensor) for tensor in (query, key, value))
     batch, heads, queries, width = query.shape
     key_heads, keys, value_width = key.shape[1], key.shape[2], value.shape[3]
     output = query.new_empty(batch, queries, heads, value_width)
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
     if output.numel() == 0 or keys == 0:
-        return output.zero_(), lse.fill_(-torch.inf)
+        return _narrowed(output.zero_(), asked_width), lse.fill_(-torch.inf)
     tiles = _tile("forward", query, value, pattern)
     bounds, _ = _segment_bounds(segments_q, segments_k)
     rows = _row_bounds(key_mask)
@@ -75,7 +76,7 @@ def forward(
         **_constants(pattern, bounds, rows, width, value_width, query.dtype),
         **_launch(tiles),
     )  # fmt: skip
-    return output, lse
+    return _narrowed(output, asked_width), lse
 
 
 def backward(
@@ -103,10 +104,12 @@ def backward(
     Returns:
         Gradients of query, key and value, contiguous, in their dtypes, and of sinks, float32 [B, H], or None.
     """
-    query, key, value = (_last_dense(tensor) for tensor in (query, key, value))
+    asked_widths = query.shape[3], key.shape[3], value.shape[3]
+    query, key, value = (_readable(tensor) for tensor in (query, key, value))
+    output = _readable(output, sequence=1)
     batch, heads, queries, width = query.shape
     key_heads, keys, value_width = key.shape[1], key.shape[2], value.shape[3]
-    output_grad = _last_dense(output_grad, sequence=1).transpose(1, 2)
+    output_grad = _readable(output_grad, sequence=1).transpose(1, 2)
     query_grad, key_grad, value_grad = (
         torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (query, key, value)
     )
@@ -114,7 +117,7 @@ def backward(
     if sinks is not None:
         sinks_grad = torch.zeros_like(sinks)
     if output.numel() == 0 or keys == 0:
-        return query_grad.zero_(), key_grad.zero_(), value_grad.zero_(), sinks_grad
+        return *(grad.zero_() for grad in (query_grad, key_grad, value_grad)), sinks_grad
     bounds_q, bounds_k = _segment_bounds(segments_q, segments_k)
     rows = _row_bounds(key_mask)
     constants = _constants(pattern, bounds_q, rows, width, value_width, query.dtype)
@@ -146,7 +149,8 @@ def backward(
         query, key, value, output_grad, lse, delta, key_grad, value_grad, bounds_k, rows, _bytes(key_mask), seed,
         *strides, *numbers, **constants, **_launch(tiles),
     )  # fmt: skip
-    return query_grad, key_grad, value_grad, sinks_grad
+    grads = zip((query_grad, key_grad, value_grad), asked_widths, strict=True)
+    return *(_narrowed(grad, asked) for grad, asked in grads), sinks_grad
 
 
 _DELTA_BLOCK = 64
@@ -157,9 +161,18 @@ def _padded(width: int) -> int:
     return max(MIN_WIDTH, triton.next_power_of_2(width))
 
 
-def _last_dense(tensor: Tensor, sequence: int = 2) -> Tensor:
-    """Rows must be contiguous, and offsets within a tile fit into 32 bits; else everything is read by its stride."""
+def _readable(tensor: Tensor, sequence: int = 2) -> Tensor:
+    """As the kernels read it, copied where it is not: rows contiguous and, with zeros behind them, of a multiple of 16
+    numbers, and offsets within a tile that fit into 32 bits. All else is read by its stride."""
+    excess = -tensor.shape[-1] % MIN_WIDTH
+    if excess:
+        return torch.nn.functional.pad(tensor, (0, excess))
     return tensor if tensor.stride(-1) == 1 and tensor.stride(sequence) < 2**23 else tensor.contiguous()
+
+
+def _narrowed(tensor: Tensor, width: int) -> Tensor:
+    """Without the zeros that `_readable` has put behind."""
+    return tensor if tensor.shape[-1] == width else tensor[..., :width].contiguous()
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:

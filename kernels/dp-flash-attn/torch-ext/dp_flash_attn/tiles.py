@@ -61,9 +61,9 @@ _HALF = {
 
 # Products exact to float32 are made of multiplications and additions of single numbers on NVIDIA's chips.
 _FLOAT32_NVIDIA = {
-    "forward": {64: Tile(64, 32, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(16, 16, 4, 2)},
-    "query_grad": {64: Tile(64, 32, 8, 2), 128: Tile(32, 32, 8, 2), 256: Tile(32, 16, 8, 2)},
-    "key_grad": {64: Tile(32, 32, 8, 2), 128: Tile(16, 32, 8, 2), 256: Tile(16, 16, 8, 2)},
+    "forward": {64: Tile(64, 32, 8, 2), 128: Tile(32, 16, 8, 2), 256: Tile(16, 16, 4, 2)},
+    "query_grad": {64: Tile(64, 32, 8, 2), 128: Tile(32, 16, 8, 2), 256: Tile(32, 16, 8, 2)},
+    "key_grad": {64: Tile(32, 32, 8, 2), 128: Tile(16, 16, 8, 2), 256: Tile(16, 16, 8, 2)},
 }
 _FLOAT32 = {
     "sm_80": _FLOAT32_NVIDIA,
