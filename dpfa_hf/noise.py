@@ -8,62 +8,60 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
 import torch
-from cryptography.hazmat.primitives.ciphers import Cipher
-from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 
+from dpfa_hf._kernel.noise import BLOCKS_PER_TILE, NORMALS_PER_TILE, add_gaussian_noise, can_add_noise
 from dpfa_hf.errors import PrivacyError
+from dpfa_hf.keystream import TileWords, tile_words
 
 Sums = TypeVar("Sums", dict[str, torch.Tensor], list[torch.Tensor])
+# (tensor's index, first element, float64 sums of one chunk) -> the noised sums, in a buffer that the next call reuses.
+NoiseChunk = Callable[[int, int, torch.Tensor], torch.Tensor]
 
-_NORMALS_PER_BLOCK = 8  # one ChaCha20 block is 64 bytes: four 64-bit radii and four 64-bit angles
-_CHUNK = 2**18  # normals at a time; bounds the extra memory to about 16 MB whatever the model's size
-_ZEROS = bytes(8 * _CHUNK)
+# Elements at a time. Half as many, and calling PyTorch costs more than it computes; twice as many, and they neither fit
+# a cache nor stay below the size from which PyTorch divides them among threads of its own.
+_CHUNK = 2**15
 _GRID_BITS = 12
 _MERSENNE_WORDS = 624
 
 
-def chacha20_keystream(key: bytes, nonce: int, counter: int, length: int) -> bytearray:
-    """Returns `length` <= 2 MiB of the ChaCha20 keystream, beginning at 64-byte block `counter`.
-
-    Args:
-        key: 32 bytes.
-        nonce: 0 <= nonce < 2**64.
-        counter: 0 <= counter < 2**64; the original layout of the cipher (64-bit counter, 64-bit nonce), which agrees
-            with RFC 8439 (32-bit counter, 96-bit nonce) wherever the same sixteen bytes are meant.
-        length: bytes.
-    """
-    state = counter.to_bytes(8, "little") + nonce.to_bytes(8, "little")
-    stream = bytearray(length)  # writable, as torch wants it
-    Cipher(ChaCha20(key, state), mode=None).encryptor().update_into(memoryview(_ZEROS)[:length], stream)
-    return stream
-
-
-def box_muller(words: np.ndarray) -> torch.Tensor:
-    """Turns uniform 64-bit words into as many independent standard normals (Box and Muller, 1958).
-
-    Args:
-        words: uint64 [8 k], whole ChaCha20 blocks. Normals 8 b to 8 b + 7 come from block b alone, so that the noise of
-            an element does not depend on how a tensor is cut into chunks.
-
-    Returns:
-        float64 [8 k] on the CPU.
+class BoxMuller:
+    """Turns uniform words into as many independent standard normals (Box and Muller, 1958); holds a thread's buffers.
 
     Guarantee:
-        The radius uses all 64 bits: u = (word + 1) / 2**64 is never 0, and its least value gives a radius of 9.42
-        standard deviations (P17), where a 32-bit uniform would stop at 6.66.
+        The radius uses all 64 bits: u = (word | 1) / 2**64 is never 0, and its least value gives a radius of 9.42
+        standard deviations (P17), where a 32-bit uniform would stop at 6.66. Logarithms are taken in float64; radius,
+        cosine and sine are float32, as on a GPU, and are multiplied in float64, where their product is exact. So the
+        noise has the 48 bits of both factors, and the share of each point of the grid is smooth to far below float32.
     """
-    blocks = words.reshape(-1, _NORMALS_PER_BLOCK)
-    half = _NORMALS_PER_BLOCK // 2
-    radius = torch.from_numpy(blocks[:, :half].astype(np.float64))
-    radius.add_(1.0).mul_(2.0**-64).log_().mul_(-2.0).sqrt_()
-    signed = torch.from_numpy(words.view(np.int64)).view(-1, _NORMALS_PER_BLOCK)
-    angle = signed[:, half:].to(torch.float64).mul_(math.pi * 2.0**-63)
-    return torch.cat([angle.cos().mul_(radius), angle.sin_().mul_(radius)], dim=1).view(-1)
+
+    def __init__(self, tiles: int) -> None:
+        pairs = (tiles, 4, BLOCKS_PER_TILE)
+        self._word = torch.empty(pairs, dtype=torch.int64)
+        self._radius, self._floor = torch.empty((2, *pairs), dtype=torch.float64)
+        self._angle, self._cosine = torch.empty((2, *pairs))
+        self._normals = torch.empty((tiles, 2, *pairs[1:]), dtype=torch.float64)
+
+    def __call__(self, words: TileWords, scale: float = 1.0) -> torch.Tensor:
+        """Returns float64 [1024 tiles], standard normals times `scale`; the next call overwrites them."""
+        tiles = words.radius.shape[0]
+        word, radius, floor = self._word[:tiles], self._radius[:tiles], self._floor[:tiles]
+        angle, cosine, normals = self._angle[:tiles], self._cosine[:tiles], self._normals[:tiles]
+        torch.bitwise_or(words.radius, 1, out=word)
+        # The bits are those of a number without a sign: where PyTorch reads a negative one, it is short of 2**64.
+        radius.copy_(word).mul_(2.0**-64)
+        radius.sub_(torch.floor(radius, out=floor)).log_()
+        radius.copy_(angle.copy_(radius).mul_(-2.0).sqrt_()).mul_(scale)
+        angle.copy_(words.angle).mul_(math.pi * 2.0**-31)
+        normals[:, 0].copy_(torch.cos(angle, out=cosine)).mul_(radius)
+        normals[:, 1].copy_(angle.sin_()).mul_(radius)
+        return normals.view(-1)
 
 
 class GaussianNoise:
@@ -81,11 +79,11 @@ class GaussianNoise:
 
     Guarantee:
         Every call of `add_noise` is one logical step and takes fresh key bytes from the operating system. Within a step
-        the tensor's position in `sums` is the nonce and the element's position divided by eight is the counter, so no
-        normal serves two elements, and no key two steps (P9, P17). There is no seed to pass, to
-        save or to restore; torch's and numpy's global generators are neither read nor advanced. Epsilon is for real
-        arithmetic (P18): snapping removes the low bits that the simplest floating-point attacks read, it does not prove
-        finite precision.
+        the tensor's position in `sums` is the nonce, and the element's position gives the counter and its place in that
+        block (`dpfa_hf.keystream`), so no normal serves two elements, and no key two steps (P9, P17). Neither the
+        number of threads nor the chunks change a bit. There is no seed to pass, to save or to restore; torch's and
+        numpy's global generators are neither read nor advanced. Epsilon is for real arithmetic (P18): snapping removes
+        the low bits that the simplest floating-point attacks read, it does not prove finite precision.
     """
 
     def __init__(
@@ -135,13 +133,17 @@ class GaussianNoise:
     def add_noise(self, sums: Sums) -> Sums:
         """Adds noise to the sums of one logical step, in place, and returns the same object.
 
+        Sums on a GPU are noised there by a Triton kernel, where Triton is installed; all others on the CPU, by
+        `torch.get_num_threads()` threads. Both read the same words of the same keystream; their factors differ by a few
+        units in the last place of float32.
+
         Args:
             sums: float32 or float64 tensors of any shape on any device, the clipped sums over the whole logical batch
                 after every reduction over micro-batches and ranks. An empty batch is a step too: pass zeros (P7).
 
         Returns:
             `sums`. Each element is (sum + noise), computed in float64, rounded to a multiple of `grid` and then to the
-            tensor's dtype. The extra memory is a few chunks, plus one copy of a tensor that is not contiguous.
+            tensor's dtype. The extra memory is 2 MiB a thread, plus a copy of every tensor that is not contiguous.
 
         Raises:
             PrivacyError: if there is no tensor, a tensor is below float32 or appears twice (before anything is noised),
@@ -151,39 +153,92 @@ class GaussianNoise:
         _check(named)
         if self.standard_deviation == 0:
             return sums
-        normals = self._normals_of_a_step()
-        for index, (name, tensor) in enumerate(named):
-            flat = tensor.detach().reshape(-1)
-            for start in range(0, flat.numel(), _CHUNK):
-                chunk = flat[start : start + _CHUNK]
-                noised = normals(index, start, chunk.numel()).mul_(self.standard_deviation)
-                noised.add_(chunk.to("cpu", torch.float64))
-                noised.mul_(1.0 / self.grid).round_().mul_(self.grid)
-                rounded = noised.to(chunk.dtype)
-                if not math.isfinite(rounded.sum(dtype=torch.float64)):  # three times faster than isfinite().all()
-                    raise PrivacyError(
-                        f"the noised sum of {name!r} is not finite: a clipped sum must be (P15), check the clipping "
-                        "of that module"
-                    )
-                chunk.copy_(rounded)
-            if not tensor.is_contiguous():
-                tensor.detach().copy_(flat.view(tensor.shape))
-        return sums
-
-    def _normals_of_a_step(self) -> Callable[[int, int, int], torch.Tensor]:
-        """Takes fresh key bytes and returns (tensor index, first element, count) -> float64 standard normals."""
+        tensors = [tensor.detach() for _, tensor in named]
+        flats = {index: tensor.reshape(-1) for index, tensor in enumerate(tensors)}
         if self.generator == "torch":
             private_generator = _fresh_mersenne_twister(self._key_source)
-            return lambda index, start, count: torch.randn(count, dtype=torch.float64, generator=private_generator)
+            broken = _noise_chunks(flats, lambda: self._from_torch(private_generator), threads=1)
+        else:
+            key = self._key_source(32)
+            on_gpu = {index: flat for index, flat in flats.items() if can_add_noise(flat)}
+            pending = self._add_on_gpus(on_gpu, key)
+            elsewhere = {index: flat for index, flat in flats.items() if index not in on_gpu}
+            broken = _noise_chunks(elsewhere, lambda: self._from_chacha20(key), threads=torch.get_num_threads())
+            for indices, flags in pending:
+                broken |= {index for index, flag in zip(indices, flags.tolist(), strict=True) if flag}
+        if broken:
+            raise PrivacyError(
+                f"the noised sum of {named[min(broken)][0]!r} is not finite: a clipped sum must be (P15), check the "
+                "clipping of that module"
+            )
+        for index, tensor in enumerate(tensors):
+            if not tensor.is_contiguous():
+                tensor.copy_(flats[index].view(tensor.shape))
+        return sums
 
-        key = self._key_source(32)
+    def _add_on_gpus(self, flats: Mapping[int, torch.Tensor], key: bytes) -> list[tuple[list[int], torch.Tensor]]:
+        """Starts the noise of each device; returns indices and, still on the device, whether a result is not finite."""
+        pending = []
+        for device in {flat.device for flat in flats.values()}:
+            here = {index: flat for index, flat in flats.items() if flat.device == device}
+            flags = add_gaussian_noise(
+                list(here.values()), list(here), key, standard_deviation=self.standard_deviation, grid=self.grid
+            )
+            pending.append((list(here), flags))
+        return pending
 
-        def normals(index: int, start: int, count: int) -> torch.Tensor:
-            blocks = -(-count // _NORMALS_PER_BLOCK)
-            stream = chacha20_keystream(key, index, start // _NORMALS_PER_BLOCK, 64 * blocks)
-            return box_muller(np.frombuffer(stream, dtype="<u8"))[:count]
+    def _from_chacha20(self, key: bytes) -> NoiseChunk:
+        box_muller = BoxMuller(_CHUNK // NORMALS_PER_TILE)
 
-        return normals
+        def noise_chunk(index: int, start: int, sums: torch.Tensor) -> torch.Tensor:
+            words = tile_words(key, index, start // NORMALS_PER_TILE, -(-sums.numel() // NORMALS_PER_TILE))
+            return self._snapped(box_muller(words, self.standard_deviation / self.grid)[: sums.numel()], sums)
+
+        return noise_chunk
+
+    def _from_torch(self, generator: torch.Generator) -> NoiseChunk:
+        def noise_chunk(index: int, start: int, sums: torch.Tensor) -> torch.Tensor:
+            normals = torch.randn(sums.numel(), dtype=torch.float64, generator=generator)
+            return self._snapped(normals.mul_(self.standard_deviation / self.grid), sums)
+
+        return noise_chunk
+
+    def _snapped(self, noise: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+        """Sums plus noise that is in units of the grid, in the noise's memory."""
+        return noise.add_(sums, alpha=1.0 / self.grid).round_().mul_(self.grid)
+
+
+def _noise_chunks(
+    flats: Mapping[int, torch.Tensor], make_noise_chunk: Callable[[], NoiseChunk], *, threads: int
+) -> set[int]:
+    """Noises tensors of one dimension in place, by as many threads; returns the indices of those not finite."""
+    chunks = ((index, start) for index, flat in flats.items() for start in range(0, flat.numel(), _CHUNK))
+    lock = threading.Lock()
+
+    def work() -> set[int]:
+        noise_chunk, buffer, broken = make_noise_chunk(), torch.empty(_CHUNK, dtype=torch.float64), set()
+        for index, start in _taken(chunks, lock):
+            chunk = flats[index][start : start + _CHUNK]
+            chunk.copy_(noise_chunk(index, start, buffer[: chunk.numel()].copy_(chunk)))
+            if not np.isfinite(chunk.cpu().numpy()).all():
+                broken.add(index)
+        return broken
+
+    threads = min(threads, sum(-(-flat.numel() // _CHUNK) for flat in flats.values()))
+    if threads <= 1:
+        return work()
+    with ThreadPoolExecutor(threads) as pool:
+        return set().union(*(running.result() for running in [pool.submit(work) for _ in range(threads)]))
+
+
+def _taken(chunks: Iterator[tuple[int, int]], lock: threading.Lock) -> Iterator[tuple[int, int]]:
+    """What one thread takes of the chunks that all share."""
+    while True:
+        with lock:
+            chunk = next(chunks, None)
+        if chunk is None:
+            return
+        yield chunk
 
 
 def _check(named: Iterable[tuple[str, torch.Tensor]]) -> None:

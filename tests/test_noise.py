@@ -7,16 +7,20 @@ import math
 import os
 import random
 import struct
+import threading
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from scipy import stats
 
-from dpfa_hf import noise
+from dpfa_hf import keystream, noise
 from dpfa_hf.errors import PrivacyError
-from dpfa_hf.noise import GaussianNoise, box_muller, chacha20_keystream
+from dpfa_hf.keystream import TileWords, chacha20_keystream, tile_words
+from dpfa_hf.noise import BoxMuller, GaussianNoise
 
 Sums = dict[str, torch.Tensor]
 Step = Callable[[Sums], Sums]
@@ -28,79 +32,65 @@ STEPS = 2  # 400,000 residuals
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The keystream, against RFC 8439 and an independent implementation
-
-BLOCK_FUNCTION_2_3_2 = (
-    "10f1e7e4d13b5915500fdd1fa32071c4c7d1f4c733c068030422aa9ac3d46c4e"
-    "d2826446079faa0914c2d705d98b02a2b5129cd1de164eb9cbd083e8a2503c4e"
-)
-VECTOR_A_1_1 = (
-    "76b8e0ada0f13d90405d6ae55386bd28bdd219b8a08ded1aa836efcc8b770dc7"
-    "da41597c5157488d7724e03fb8d84a376a43b8f41518a11cc387b669b2ee6586"
-)
-VECTOR_A_1_2 = (
-    "9f07e7be5551387a98ba977c732d080dcb0f29a048e3656912c6533e32ee7aed"
-    "29b721769ce64e43d57133b074d839d531ed1f28510afb45ace10a1f4b794d6f"
-)
+# Against a slow computation of its own
 
 
-def python_chacha20_block(key: bytes, counter: int, nonce: int) -> bytes:
-    state = [0x61707865, 0x3320646E, 0x79622D32, 0x6B206574, *struct.unpack("<8I", key)]
-    state += [counter & 0xFFFFFFFF, counter >> 32, nonce & 0xFFFFFFFF, nonce >> 32]
-    x = list(state)
-
-    def half_quarter(a: int, b: int, d: int, r: int, s: int, c: int) -> None:
-        x[a] = (x[a] + x[b]) & 0xFFFFFFFF
-        x[d] = ((x[d] ^ x[a]) << r | (x[d] ^ x[a]) >> (32 - r)) & 0xFFFFFFFF
-        x[c] = (x[c] + x[d]) & 0xFFFFFFFF
-        x[b] = ((x[b] ^ x[c]) << s | (x[b] ^ x[c]) >> (32 - s)) & 0xFFFFFFFF
-
-    columns = [(i, 4 + i, 8 + i, 12 + i) for i in range(4)]
-    diagonals = [(i, 4 + (i + 1) % 4, 8 + (i + 2) % 4, 12 + (i + 3) % 4) for i in range(4)]
-    for _ in range(10):
-        for a, b, c, d in columns + diagonals:
-            half_quarter(a, b, d, 16, 12, c)
-            half_quarter(a, b, d, 8, 7, c)
-    return struct.pack("<16I", *((u + v) & 0xFFFFFFFF for u, v in zip(x, state, strict=True)))
+def normal(key: bytes, nonce: int, element: int) -> float:
+    """Box and Muller's formula on the words that `dpfa_hf.keystream` assigns to the element, in Python's float64."""
+    tile, place = divmod(element, 1024)
+    j, block = divmod(place, 128)
+    cipher = Cipher(ChaCha20(key, struct.pack("<QQ", 128 * tile + block, nonce)), mode=None)
+    words = struct.unpack("<16I", cipher.encryptor().update(bytes(64)))
+    pair = j % 4
+    radius = math.sqrt(-2 * math.log((words[2 * pair] | words[2 * pair + 1] << 32 | 1) / 2**64))
+    angle = 2 * math.pi * words[8 + pair] / 2**32
+    return radius * (math.cos(angle) if j < 4 else math.sin(angle))
 
 
-def test_keystream_equals_the_vectors_of_rfc_8439() -> None:
-    rfc_counter_and_nonce = bytes.fromhex("01000000" + "000000090000004a00000000")
-    counter, nonce = struct.unpack("<QQ", rfc_counter_and_nonce)
-    assert chacha20_keystream(bytes(range(32)), nonce, counter, 64).hex() == BLOCK_FUNCTION_2_3_2
-    assert chacha20_keystream(bytes(32), 0, 0, 64).hex() == VECTOR_A_1_1
-    assert chacha20_keystream(bytes(32), 0, 1, 64).hex() == VECTOR_A_1_2
-    assert chacha20_keystream(bytes(32), 0, 0, 128).hex() == VECTOR_A_1_1 + VECTOR_A_1_2
-
-
-@pytest.mark.parametrize("counter", [0, 7, 2**32 - 2, 2**32, 2**40 + 3])
-@pytest.mark.parametrize("nonce", [0, 1, 2**63 + 5])
-def test_keystream_equals_an_independent_chacha20_also_past_32_bits(counter: int, nonce: int) -> None:
-    key = os.urandom(32)
-    # Beyond 2**32 a chunk starts there: noise never asks for one that crosses it, since chunks divide 2**32.
-    blocks = 2
-    expected = b"".join(python_chacha20_block(key, counter + i, nonce) for i in range(blocks))
-    assert chacha20_keystream(key, nonce, counter, 64 * blocks) == expected
-
-
-@pytest.mark.parametrize("chunk", [64, 2**18])
+@pytest.mark.parametrize("chunk", [1024, 2**15])
 def test_noise_equals_a_slow_independent_computation_whatever_the_chunks(
     chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(noise, "_CHUNK", chunk)
     key = os.urandom(32)
-    sums = {"a": torch.randn(13, 11), "b": torch.randn(75, dtype=torch.float64)}
+    sums = {"a": torch.randn(13, 110), "b": torch.randn(2075, dtype=torch.float64), "c": torch.randn(3)}
     before = copy.deepcopy(sums)
     after = GaussianNoise(SD, _key_source=lambda length: key).add_noise(sums)
     for nonce, name in enumerate(sums):
-        for element, (old, new) in enumerate(
-            zip(before[name].flatten().tolist(), after[name].flatten().tolist(), strict=True)
-        ):
-            words = struct.unpack("<8Q", python_chacha20_block(key, element // 8, nonce))
-            radius = math.sqrt(-2 * math.log((words[element % 4] + 1) / 2**64))
-            angle = 2 * math.pi * words[4 + element % 4] / 2**64
-            normal = radius * (math.cos(angle) if element % 8 < 4 else math.sin(angle))
-            assert abs(new - (old + SD * normal)) <= GRID / 2 * 1.0001
+        old, new = before[name].flatten().tolist(), after[name].flatten().tolist()
+        expected = [x + SD * normal(key, nonce, element) for element, x in enumerate(old)]
+        # Half of the grid for snapping, and float32 for radius, cosine and sine.
+        assert max(abs(x - y) for x, y in zip(new, expected, strict=True)) <= GRID / 2 + SD * 2e-6
+
+
+@pytest.mark.parametrize(("threads", "chunk"), [(1, 1024), (2, 2**15), (2, 2**12), (7, 2**14)])
+def test_noise_is_the_same_bits_for_every_number_of_threads_and_every_chunk(
+    threads: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def noised() -> Sums:
+        sums = {"large": torch.linspace(-3, 3, 150_001), "double": torch.ones(20_000, dtype=torch.float64)}
+        return GaussianNoise(SD, _key_source=bytes).add_noise(sums)
+
+    expected = noised()
+    monkeypatch.setattr(noise, "_CHUNK", chunk)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    found = noised()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_every_thread_that_is_asked_for_works_and_what_one_raises_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    started, both = [], threading.Barrier(2, timeout=30)
+
+    def broken_cipher(key: bytes, nonce: int, first_tile: int, tiles: int) -> TileWords:
+        started.append(threading.get_ident())
+        both.wait()
+        raise MemoryError("no keystream")
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(noise, "tile_words", broken_cipher)
+    with pytest.raises(MemoryError, match="no keystream"):
+        GaussianNoise(SD).add_noise([torch.zeros(100_000)])
+    assert len(set(started)) == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,7 +146,7 @@ def law_violations(make_step: Callable[[], Step]) -> set[str]:
     for step in residuals:
         x = step["weight"]
         square = x**2 - (x**2).mean()
-        lags = [*range(1, 9), noise._CHUNK]
+        lags = [*range(1, 9), *range(128, 1024, 128), 1024, noise._CHUNK]
         if any(correlated(x[:-lag], x[lag:]) or correlated(square[:-lag], square[lag:]) for lag in lags):
             found.add("neighbours")
     if not torch.equal(everything / GRID, (everything / GRID).round()):
@@ -276,42 +266,81 @@ def test_the_law_catches_planted_noise_bugs(mutant: Callable[[], Step], caught_b
 
 
 def test_the_law_catches_a_keystream_repeated_in_every_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    def without_counter(key: bytes, nonce: int, counter: int, length: int) -> bytearray:
-        return chacha20_keystream(key, nonce, 0, length)
+    def without_counter(key: bytes, nonce: int, first_tile: int, tiles: int) -> TileWords:
+        return tile_words(key, nonce, 0, tiles)
 
-    monkeypatch.setattr(noise, "chacha20_keystream", without_counter)
+    monkeypatch.setattr(noise, "tile_words", without_counter)
+    assert "neighbours" in law_violations(lambda: GaussianNoise(SD).add_noise)
+
+
+def test_the_law_catches_a_keystream_repeated_in_every_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    def one_tile(key: bytes, nonce: int, counter: int, length: int) -> bytearray:
+        return chacha20_keystream(key, nonce, counter, 64 * 128) * (length // (64 * 128))
+
+    monkeypatch.setattr(keystream, "chacha20_keystream", one_tile)
     assert "neighbours" in law_violations(lambda: GaussianNoise(SD).add_noise)
 
 
 def test_the_law_catches_box_muller_with_one_normal_used_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    def cosines_twice(words: np.ndarray) -> torch.Tensor:
-        return box_muller(words).view(-1, 2, 4)[:, :1].repeat(1, 2, 1).view(-1)
+    class CosinesTwice(BoxMuller):
+        def __call__(self, words: TileWords, scale: float = 1.0) -> torch.Tensor:
+            return super().__call__(words, scale).view(-1, 2, 4, 128)[:, :1].repeat(1, 2, 1, 1).view(-1)
 
-    monkeypatch.setattr(noise, "box_muller", cosines_twice)
+    monkeypatch.setattr(noise, "BoxMuller", CosinesTwice)
     assert "neighbours" in law_violations(lambda: GaussianNoise(SD).add_noise)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The tail
 
-
-def box_muller_of_32_bits(words: np.ndarray) -> torch.Tensor:
-    return box_muller(words | np.uint64(2**32 - 1))
+Transform = Callable[[np.ndarray], torch.Tensor]  # uint64 [n], each with one angle of every edge -> normals
 
 
-def tail_reaches_nine_sd(transform: Callable[[np.ndarray], torch.Tensor]) -> bool:
-    least = transform(np.zeros(8, dtype=np.uint64))
+def edge_words(radii: np.ndarray) -> TileWords:
+    """Each radius with angles at and beside every eighth of a turn; tiles of one radius."""
+    angles = np.array([(k << 29) + beside for k in range(8) for beside in (-1, 0, 1)]).astype(np.uint32)
+    pairs = (len(radii), 4, 128)
+    radius = torch.from_numpy(np.broadcast_to(radii[:, None, None], pairs).copy().view(np.int64))
+    angle = torch.from_numpy(np.resize(angles, pairs).view(np.int32))
+    return TileWords(radius, angle, torch.zeros_like(angle))
+
+
+def box_muller(radii: np.ndarray) -> torch.Tensor:
+    return BoxMuller(len(radii))(edge_words(radii))
+
+
+def box_muller_of_32_bits(radii: np.ndarray) -> torch.Tensor:
+    return box_muller(radii | np.uint64(2**32 - 1))
+
+
+def tail_reaches_nine_sd(transform: Transform) -> bool:
+    least = transform(np.zeros(1, dtype=np.uint64))
     return bool(least.isfinite().all()) and float(least.max()) > 9
 
 
 def test_support_exceeds_nine_standard_deviations_and_every_word_is_finite() -> None:
     assert tail_reaches_nine_sd(box_muller)
     assert not tail_reaches_nine_sd(box_muller_of_32_bits)
-    edges = np.array([0, 1, 2**32, 2**53, 2**63 - 1, 2**63, 2**64 - 2**10, 2**64 - 1], dtype=np.uint64)
-    radii = itertools.product(edges, repeat=4)
-    words = np.array([(*chosen, *angles) for chosen in radii for angles in (edges[:4], edges[4:])])
-    assert box_muller(words).isfinite().all()
-    assert float(box_muller(words).abs().max()) < 9.5
+    edges = [0, 1, 2, 2**32, 2**53, 2**63 - 2**9, 2**63 - 1, 2**63, 2**63 + 1, 2**64 - 2**10, 2**64 - 1]
+    normals = box_muller(np.array(edges, dtype=np.uint64))
+    assert normals.isfinite().all()
+    assert float(normals.abs().max()) < 9.5
+
+
+def test_radius_keeps_float32s_relative_accuracy_at_both_ends_of_the_uniforms() -> None:
+    radii = np.array([0, 1, 12345, 2**40, 2**63, 2**64 - 2**60, 2**64 - 2**40, 2**64 - 2**20], dtype=np.uint64)
+    for word, normals in zip(radii.tolist(), box_muller(radii).view(len(radii), -1), strict=True):
+        complement = (2**64 - (word | 1)) / 2**64
+        radius = math.sqrt(-2 * (math.log1p(-complement) if complement < 0.5 else math.log((word | 1) / 2**64)))
+        # Float64's own grain next to 1 is all that stands between a tiny radius and float32's accuracy.
+        assert abs(float(normals.abs().max()) - radius) < 2e-7 * radius + 2**-53 / max(radius, 1e-9)
+
+
+def test_noise_is_far_finer_than_float32_below_its_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The share of a point of the grid must not show where float32's own points lie in it.
+    words = tile_words(os.urandom(32), 0, 0, 32)
+    normals = BoxMuller(32)(words)
+    assert float((normals == normals.float().double()).double().mean()) < 1e-2
 
 
 def test_tail_beyond_four_sd_has_the_gaussian_frequency() -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from dpfa_hf._kernel import backward, chacha, flash, forward, release, tiles
+from dpfa_hf._kernel import backward, chacha, flash, forward, noise, release, tiles
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -50,6 +50,7 @@ KERNELS = {
     "row_bounds": forward.row_bounds_kernel,
     "clip_factor": release.clip_factor_kernel,
     "clip_and_noise": release.clip_and_noise_kernel,
+    "gaussian_noise": noise.gaussian_noise_kernel,
 }
 WIDTHS = (16, 32, 64, 128, 256)
 # Everything at once but dropout, which may have smaller tiles.
@@ -65,7 +66,7 @@ _POINTERS = {
 }
 _DTYPES_OF_POINTERS = {
     "*i32": ("BOUNDS", "ROWS", "KEY"),
-    "*i64": ("SEED", "BOUNDARIES", "SEGMENT"),
+    "*i64": ("SEED", "BOUNDARIES", "SEGMENT", "ROW"),
     "*u8": ("KEY_MASK",),
     "*fp32": ("LSE", "DLSE", "DELTA", "SINKS", "DSINKS", "RELEASED"),
     "*fp64": ("FACTORS",),
@@ -190,6 +191,8 @@ def table() -> Iterator[Variant]:
                 for width in (64, 256):
                     yield Variant(architecture, kernel, dtype, width, width, ("sinks",) if kernel == "delta" else ())
         yield Variant(architecture, "row_bounds")
+        for dtype in ("fp32", "fp64"):
+            yield Variant(architecture, "gaussian_noise", dtype)
 
 
 def representatives() -> Iterator[Variant]:
@@ -197,7 +200,7 @@ def representatives() -> Iterator[Variant]:
     for variant in table():
         everything, most = variant.features == ALL, variant.features == MOST
         if variant.kernel not in tiles.PASSES:
-            wanted = variant.dtype == "bf16" and variant.width > 64
+            wanted = variant.dtype == "bf16" and variant.width > 64 or variant.kernel == "gaussian_noise"
         elif variant.dtype == "fp32":
             wanted = everything and variant.width in (48, 192)
         else:
@@ -246,6 +249,7 @@ def _constants(variant: Variant, tile: tiles.Tile | None) -> dict[str, Any]:
         "DV": flash._padded(value_width),
         "UPCAST": False,
         "BLOCK": 1024,
+        "BLOCKS": noise.BLOCKS_PER_TILE,
         "HEADS": 8,
         "WIDTH": width,
         "TILE_WIDTH": triton.next_power_of_2(width),

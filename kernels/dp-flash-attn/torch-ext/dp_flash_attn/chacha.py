@@ -200,8 +200,8 @@ def chacha20_block(KEY, counter, nonce):
 
 
 @jit
-def normal_pair(low, high, angle):
-    """Two standard normals, float32, from three words, uint32: `standard_normals` in a kernel."""
+def radius_cosine_sine(low, high, angle):
+    """Radius, cosine and sine, float32, from three words, uint32: the factors of `standard_normals` in a kernel."""
     bits = ((high.to(tl.uint64) << 32) | low.to(tl.uint64) | 1).to(tl.float64).to(tl.int64, bitcast=True)
     mantissa = (bits >> 20).to(tl.int32)
     upper = mantissa < 0
@@ -223,4 +223,11 @@ def normal_pair(low, high, angle):
     turned_sine = tl.where(odd, cosine, sine)
     turned_cosine = tl.where(((quarters + 1) & 2) != 0, -turned_cosine, turned_cosine)
     turned_sine = tl.where((quarters & 2) != 0, -turned_sine, turned_sine)
-    return radius * turned_cosine, radius * turned_sine
+    return radius, turned_cosine, turned_sine
+
+
+@jit
+def normal_pair(low, high, angle):
+    """Two standard normals, float32, from three words, uint32: `standard_normals` in a kernel."""
+    radius, cosine, sine = radius_cosine_sine(low, high, angle)
+    return radius * cosine, radius * sine
