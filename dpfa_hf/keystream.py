@@ -69,3 +69,8 @@ def block_and_pair(element: int) -> tuple[int, int]:
     tile, place = divmod(element, NORMALS_PER_TILE)
     half_pair, block = divmod(place, BLOCKS_PER_TILE)
     return tile * BLOCKS_PER_TILE + block, half_pair % (NORMALS_PER_BLOCK // 2)
+
+
+def is_cosine(element: int) -> bool:
+    """Whether an element of a tensor is made from the cosine of its pair, not from the sine."""
+    return element % NORMALS_PER_TILE < NORMALS_PER_TILE // 2

@@ -28,6 +28,7 @@ NoiseChunk = Callable[[int, int, torch.Tensor], torch.Tensor]
 # a cache nor stay below the size from which PyTorch divides them among threads of its own.
 _CHUNK = 2**15
 _GRID_BITS = 12
+_ZERO = torch.zeros((), dtype=torch.float64)
 _MERSENNE_WORDS = 624
 
 
@@ -72,18 +73,21 @@ class GaussianNoise:
             0 leaves the sums as they are and is for plans that say NOT PRIVATE.
         generator: "chacha20", or "torch": a private Mersenne Twister whose whole state comes from the operating system
             at every step. The latter is not cryptographic: its output reveals its state (P9).
+        floating_point: "snapped", or "hardened": on the CPU alone, `dpfa_hf.hardened_noise.RoundedGaussian`.
 
     Raises:
-        PrivacyError: for a standard deviation that is negative, not finite or too small for float32, or an unknown
-            generator.
+        PrivacyError: for a standard deviation that is negative, not finite or too small for float32, an unknown
+            generator or floating_point, or the hardened mode without ChaCha20.
 
     Guarantee:
         Every call of `add_noise` is one logical step and takes fresh key bytes from the operating system. Within a step
         the tensor's position in `sums` is the nonce, and the element's position gives the counter and its place in that
         block (`dpfa_hf.keystream`), so no normal serves two elements, and no key two steps (P9, P17). Neither the
         number of threads nor the chunks change a bit. There is no seed to pass, to save or to restore; torch's and
-        numpy's global generators are neither read nor advanced. Epsilon is for real arithmetic (P18): snapping removes
-        the low bits that the simplest floating-point attacks read, it does not prove finite precision.
+        numpy's global generators are neither read nor advanced. Snapped, epsilon is for real arithmetic (P18): the grid
+        removes the low bits that the simplest floating-point attacks read, it does not prove finite precision.
+        Hardened, each result is the ideal Gaussian's, rounded to the grid: epsilon is for the numbers in the machine,
+        provided that the sensitivity that is accounted covers the rounding errors of clipping and summing (P15).
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class GaussianNoise:
         standard_deviation: float,
         *,
         generator: str = "chacha20",
+        floating_point: str = "snapped",
         _key_source: Callable[[int], bytes] = os.urandom,
     ) -> None:
         if not (standard_deviation == 0 or torch.finfo(torch.float32).tiny <= standard_deviation < math.inf):
@@ -100,8 +105,16 @@ class GaussianNoise:
             )
         if generator not in ("chacha20", "torch"):
             raise PrivacyError(f"generator={generator!r} is unknown: choose 'chacha20' or 'torch'")
+        if floating_point not in ("snapped", "hardened"):
+            raise PrivacyError(f"floating_point={floating_point!r} is unknown: choose 'snapped' or 'hardened'")
+        if floating_point == "hardened" and generator != "chacha20":
+            raise PrivacyError(
+                f"floating_point='hardened' needs as many random bits as a rounding takes, and generator={generator!r} "
+                "has 53 for each element: choose generator='chacha20'"
+            )
         self.standard_deviation = float(standard_deviation)
         self.generator = generator
+        self.floating_point = floating_point
         self._key_source = _key_source
 
     @property
@@ -126,16 +139,21 @@ class GaussianNoise:
             "key": "NOT PRIVATE: seeded by the caller" if self.seeded_by_caller else "operating system, new every step",
             "standard_deviation": self.standard_deviation,
             "grid": self.grid,
-            "floating_point": "epsilon is for real arithmetic; noised sums are snapped to the grid",
+            "floating_point": (
+                "results are the ideal Gaussian's, rounded to the grid; epsilon needs a sensitivity that covers the "
+                "rounding errors of clipping and summing"
+                if self.floating_point == "hardened"
+                else "epsilon is for real arithmetic; noised sums are snapped to the grid"
+            ),
         }
 
     @torch.no_grad()
     def add_noise(self, sums: Sums) -> Sums:
         """Adds noise to the sums of one logical step, in place, and returns the same object.
 
-        Sums on a GPU are noised there by a Triton kernel, where Triton is installed; all others on the CPU, by
-        `torch.get_num_threads()` threads. Both read the same words of the same keystream; their factors differ by a few
-        units in the last place of float32.
+        Sums on a GPU are noised there by a Triton kernel, where Triton is installed; all others, and all in the
+        hardened mode, on the CPU by `torch.get_num_threads()` threads. Both read the same words of the same keystream;
+        their factors differ by a few units in the last place of float32.
 
         Args:
             sums: float32 or float64 tensors of any shape on any device, the clipped sums over the whole logical batch
@@ -143,7 +161,8 @@ class GaussianNoise:
 
         Returns:
             `sums`. Each element is (sum + noise), computed in float64, rounded to a multiple of `grid` and then to the
-            tensor's dtype. The extra memory is 2 MiB a thread, plus a copy of every tensor that is not contiguous.
+            tensor's dtype; no zero is negative. The extra memory is 2 MiB a thread, 4 MiB in the hardened mode, plus a
+            copy of every tensor that is not contiguous.
 
         Raises:
             PrivacyError: if there is no tensor, a tensor is below float32 or appears twice (before anything is noised),
@@ -160,7 +179,7 @@ class GaussianNoise:
             broken = _noise_chunks(flats, lambda: self._from_torch(private_generator), threads=1)
         else:
             key = self._key_source(32)
-            on_gpu = {index: flat for index, flat in flats.items() if can_add_noise(flat)}
+            on_gpu = {} if self.floating_point == "hardened" else {i: x for i, x in flats.items() if can_add_noise(x)}
             pending = self._add_on_gpus(on_gpu, key)
             elsewhere = {index: flat for index, flat in flats.items() if index not in on_gpu}
             broken = _noise_chunks(elsewhere, lambda: self._from_chacha20(key), threads=torch.get_num_threads())
@@ -188,6 +207,10 @@ class GaussianNoise:
         return pending
 
     def _from_chacha20(self, key: bytes) -> NoiseChunk:
+        if self.floating_point == "hardened":
+            from dpfa_hf.hardened_noise import RoundedGaussian
+
+            return RoundedGaussian(key, self.standard_deviation, self.grid)
         box_muller = BoxMuller(_CHUNK // NORMALS_PER_TILE)
 
         def noise_chunk(index: int, start: int, sums: torch.Tensor) -> torch.Tensor:
@@ -205,7 +228,12 @@ class GaussianNoise:
 
     def _snapped(self, noise: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
         """Sums plus noise that is in units of the grid, in the noise's memory."""
-        return noise.add_(sums, alpha=1.0 / self.grid).round_().mul_(self.grid)
+        return scale_by_grid(noise.add_(sums, alpha=1.0 / self.grid).round_(), self.grid)
+
+
+def scale_by_grid(integers: torch.Tensor, grid: float) -> torch.Tensor:
+    """Multiplies in place, and makes every zero positive: the sign of one would tell on which side of it a sum lay."""
+    return torch.add(_ZERO, integers, alpha=grid, out=integers)
 
 
 def _noise_chunks(

@@ -151,6 +151,8 @@ def law_violations(make_step: Callable[[], Step]) -> set[str]:
             found.add("neighbours")
     if not torch.equal(everything / GRID, (everything / GRID).round()):
         found.add("grid")
+    if any(tensor[tensor == 0].signbit().any() for step in results for tensor in step.values()):
+        found.add("sign of zero")
     if float((everything == everything.bfloat16().double()).double().mean()) > 0.25:
         found.add("resolution")
     return found
@@ -207,6 +209,12 @@ def unsnapped() -> Step:
     return lambda sums: {name: tensor + SD * torch.randn_like(tensor) for name, tensor in sums.items()}
 
 
+def zeros_with_the_sign_of_the_sum() -> Step:
+    return lambda sums: {
+        name: ((tensor + SD * torch.randn_like(tensor)) / GRID).round() * GRID for name, tensor in sums.items()
+    }
+
+
 def fixed_key() -> Step:
     return GaussianNoise(SD, _key_source=bytes).add_noise
 
@@ -252,6 +260,7 @@ def uniform_instead_of_gaussian() -> Step:
         (bfloat16_noise, "resolution"),
         (bfloat16_sum, "dtype"),
         (unsnapped, "grid"),
+        (zeros_with_the_sign_of_the_sum, "sign of zero"),
         (fixed_key, "steps"),
         (fixed_key, "reproducible from the global seeds"),
         (key_reused_in_every_step, "steps"),
