@@ -37,18 +37,19 @@ class RoundedGaussian:
     Guarantee:
         Let S be the float64 number given for an element, and U and V the real numbers whose binary expansions are the
         element's bits of the keystream: 64, then as many more as anybody asks for, from blocks with a nonce of their
-        own, which serve no other pair of elements. The result is exactly round((S + Z) / grid) * grid, rounded once to
-        the tensor's dtype, and never -0, where Z = standard_deviation * sqrt(-2 ln U) * cos(2 pi V), or sin for the pair's other
-        element. For uniform bits Z is an ideal Gaussian over all real numbers, with no tail cut off. So the release is
-        post-processing of the Gaussian mechanism in real arithmetic, and has its epsilon, provided that its sensitivity
-        is that of the very numbers S: an accountant must be given a sensitivity that covers the error of clipping and
-        summing in floating point (P15, the declared summation error). The bits are ChaCha20's: as everywhere in this
-        package, epsilon is against an adversary who cannot break the cipher.
+        own, which serve no other pair of elements. Let Z = standard_deviation * sqrt(-2 ln U) * cos(2 pi V), or sin for
+        the pair's other element. The result is k * grid, k being the integer nearest to (S + Z) / grid; converting it
+        to float64 and to the tensor's dtype may round it, but depends on k alone, and no zero is negative. For uniform
+        bits Z is an ideal Gaussian over all real numbers, with no tail cut off. So the release is post-processing of
+        the Gaussian mechanism in real arithmetic, and has its epsilon, provided that its sensitivity is that of the
+        very numbers S: an accountant must be given a sensitivity that covers the error of clipping and summing in
+        floating point (P15, the declared summation error). The bits are ChaCha20's: as everywhere in this package,
+        epsilon is against an adversary who cannot break the cipher.
 
         Proof. Let A = standard_deviation / grid < 2**13, R = sqrt(-2 ln U), and e = 2**-42. Assumed are IEEE 754's
         float64 (round to nearest, subnormal numbers kept) and that PyTorch's logarithm is within e of the true one,
-        relative, and its sine and cosine within e, absolute: 2**10 of the units in the last place of which good
-        libraries promise one. Chunks are split as S / grid = n + f with n an integer and |f| <= 1/2, both exact.
+        relative, and its sine and cosine within e, absolute: 2**10 units in the last place, where good libraries
+        promise one. Chunks are split as S / grid = n + f with n an integer and |f| <= 1/2, both exact.
         Unless u, the middle of the 64 bits' interval, is within 2**-24 of 0 or 1, which refines the element:
         (a) u < 1/2. Half the interval, 2**-65, is at most 2**-41 of U, and two roundings add 2**-52. So ln is wrong
         by 2**-65 / U + 2**-52 + e |ln U|, and R <= 5.77 by that over R, plus 2**-53 R: below 2**-39.3.
@@ -77,7 +78,7 @@ class RoundedGaussian:
         """Noises elements `start` (a multiple of 1024) and on of the tensor with that index.
 
         Args:
-            sums: float64 [count], count <= 2**15.
+            sums: float64 [count], count <= 2**17.
 
         Returns:
             float64 [count], multiples of the grid; NaN or infinite where a sum is.

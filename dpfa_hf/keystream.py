@@ -20,7 +20,7 @@ from dpfa_hf._kernel.chacha import NORMALS_PER_BLOCK
 from dpfa_hf._kernel.noise import BLOCKS_PER_TILE, NORMALS_PER_TILE
 
 BLOCK_BYTES = 64
-MAX_LENGTH = 2**18  # bytes of keystream at a time
+MAX_LENGTH = 2**20  # bytes of keystream at a time
 _ZEROS = memoryview(bytes(MAX_LENGTH))
 
 
@@ -39,7 +39,7 @@ class TileWords(NamedTuple):
 
 
 def chacha20_keystream(key: bytes, nonce: int, counter: int, length: int) -> bytearray:
-    """Returns `length` <= 256 KiB of the ChaCha20 keystream, beginning at 64-byte block `counter`.
+    """Returns `length` <= 1 MiB of the ChaCha20 keystream, beginning at 64-byte block `counter`.
 
     Args:
         key: 32 bytes.
@@ -56,7 +56,7 @@ def chacha20_keystream(key: bytes, nonce: int, counter: int, length: int) -> byt
 
 
 def tile_words(key: bytes, nonce: int, first_tile: int, tiles: int) -> TileWords:
-    """The words of `tiles` <= 32 tiles from `first_tile` on; 32 tiles from a multiple of 32 cross no 2**32 blocks."""
+    """The words of `tiles` <= 128 tiles from `first_tile` on; those from a multiple of 128 cross no 2**32 blocks."""
     blocks = tiles * BLOCKS_PER_TILE
     stream = chacha20_keystream(key, nonce, first_tile * BLOCKS_PER_TILE, BLOCK_BYTES * blocks)
     words = torch.frombuffer(stream, dtype=torch.int32).view(tiles, BLOCKS_PER_TILE, 16)

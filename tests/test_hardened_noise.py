@@ -24,6 +24,14 @@ GRID = 2.0**-13
 INDEX = 3
 START = 5 * 1024
 
+
+@pytest.fixture(autouse=True)
+def threads_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 Mechanism = Callable[[bytes, torch.Tensor], torch.Tensor]  # key, float64 sums -> noised sums
 
 
@@ -80,6 +88,22 @@ def check_is_the_ideal_gaussian_rounded(mechanism: Mechanism) -> None:
 
 def test_results_are_the_ideal_gaussian_rounded_to_the_grid() -> None:
     check_is_the_ideal_gaussian_rounded(hardened)
+
+
+def test_pytorchs_functions_are_within_the_errors_that_the_proof_assumes() -> None:
+    generator = torch.Generator().manual_seed(5)
+    uniform = torch.rand(4000, dtype=torch.float64, generator=generator)
+    powers = 2.0 ** -torch.arange(1, 25, dtype=torch.float64)
+    near_ends = torch.cat([uniform[:500] * 2.0**-20, 1 - uniform[500:1000] * 2.0**-20, powers, 1 - powers])
+    uniform = torch.cat([uniform, near_ends]).clamp(2.0**-24, 1 - 2.0**-24)
+    quarters = torch.arange(-2, 3, dtype=torch.float64) * (math.pi / 2)
+    angle = torch.cat([(uniform * 2 - 1) * math.pi, quarters, quarters.repeat(200) + 1e-9 * (uniform[:1000] - 0.5)])
+    assumed = 2.0**-42
+    with mpmath.workprec(200):
+        for x, found in zip(uniform.tolist(), uniform.log().tolist(), strict=True):
+            assert abs(found / mpmath.log(x) - 1) <= assumed / 2**8
+        for x, cosine, sine in zip(angle.tolist(), angle.cos().tolist(), angle.sin().tolist(), strict=True):
+            assert max(abs(cosine - mpmath.cos(x)), abs(sine - mpmath.sin(x))) <= assumed / 2**8
 
 
 def refine_everything(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -245,7 +269,7 @@ def test_hardened_noise_is_the_same_bits_for_every_number_of_threads_and_every_c
 
     expected = noised()
     monkeypatch.setattr(noise, "_CHUNK", 2**12)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    torch.set_num_threads(3)
     assert torch.equal(noised(), expected)
 
 

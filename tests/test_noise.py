@@ -8,7 +8,7 @@ import os
 import random
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -73,7 +73,7 @@ def test_noise_is_the_same_bits_for_every_number_of_threads_and_every_chunk(
 
     expected = noised()
     monkeypatch.setattr(noise, "_CHUNK", chunk)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    torch.set_num_threads(threads)
     found = noised()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -86,11 +86,31 @@ def test_every_thread_that_is_asked_for_works_and_what_one_raises_is_raised(monk
         both.wait()
         raise MemoryError("no keystream")
 
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    torch.set_num_threads(2)
     monkeypatch.setattr(noise, "tile_words", broken_cipher)
     with pytest.raises(MemoryError, match="no keystream"):
         GaussianNoise(SD).add_noise([torch.zeros(100_000)])
-    assert len(set(started)) == 2
+    assert len(set(started)) == 2 and threading.get_ident() not in started
+
+
+def test_pytorch_keeps_its_number_of_threads_here_and_in_threads_that_start_later() -> None:
+    torch.set_num_threads(3)
+    inside, drawn = set(), noise.tile_words
+
+    def observed(key: bytes, nonce: int, first_tile: int, tiles: int) -> TileWords:
+        inside.add(torch.get_num_threads())
+        return drawn(key, nonce, first_tile, tiles)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(noise, "tile_words", observed)
+        GaussianNoise(SD).add_noise([torch.zeros(100_000)])
+        with pytest.raises(PrivacyError, match="not finite"):
+            GaussianNoise(SD).add_noise([torch.full((100_000,), math.nan)])
+    later: list[int] = []
+    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert inside == {1} and later == [torch.get_num_threads()] == [3]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,6 +176,13 @@ def law_violations(make_step: Callable[[], Step]) -> set[str]:
     if float((everything == everything.bfloat16().double()).double().mean()) > 0.25:
         found.add("resolution")
     return found
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -71,7 +71,7 @@ def check_equals_the_specification(add: Add) -> None:
     framed = [frame[32 : frame.numel() - 32].view(x.shape).copy_(x) for frame, x in zip(frames, found, strict=True)]
     add(framed, nonces, KEY)
     for x, y in zip(framed, expected, strict=True):
-        assert torch.equal(x, y)
+        assert torch.equal(x, y) and not x[x == 0].signbit().any()
     assert all(bool((frame[:32] == 777).all() and (frame[-32:] == 777).all()) for frame in frames)
 
 
