@@ -14,7 +14,8 @@ import torch
 from mpmath.ctx_iv import MPIntervalContext
 from mpmath.libmp import to_int
 
-from dpfa_hf.keystream import BLOCK_BYTES, NORMALS_PER_TILE, block_and_pair, chacha20_keystream, is_cosine, tile_words
+from dpfa_hf._kernel.noise import BLOCKS_PER_TILE, NORMALS_PER_TILE
+from dpfa_hf.keystream import BLOCK_BYTES, block_and_pair, chacha20_keystream, is_cosine, tile_words
 from dpfa_hf.noise import scale_by_grid
 
 # Bound on the error of the noised sum in float64, in units of the grid, wherever the uniform number of the radius is
@@ -33,6 +34,7 @@ class RoundedGaussian:
         key: 32 bytes, fresh from the operating system for every step.
         standard_deviation: of the noise.
         grid: a power of two with standard_deviation / grid in [4096, 8192).
+        tiles: of 1024 elements, the most in a chunk.
 
     Guarantee:
         Let S be the float64 number given for an element, and U and V the real numbers whose binary expansions are the
@@ -68,47 +70,53 @@ class RoundedGaussian:
         times are withheld (P23).
     """
 
-    def __init__(self, key: bytes, standard_deviation: float, grid: float) -> None:
+    def __init__(self, key: bytes, standard_deviation: float, grid: float, tiles: int) -> None:
         self._key = key
         self._amplitude = standard_deviation / grid
         self._grid = grid
         self._interval = MPIntervalContext()
+        pairs = (tiles, 4, BLOCKS_PER_TILE)
+        self._radius, self._angle, self._spare = torch.empty((3, *pairs), dtype=torch.float64)
+        self._normals = torch.empty((tiles, 2, *pairs[1:]), dtype=torch.float64)
+        self._whole, self._rest = torch.empty((2, tiles * NORMALS_PER_TILE), dtype=torch.float64)
 
     def __call__(self, index: int, start: int, sums: torch.Tensor) -> torch.Tensor:
         """Noises elements `start` (a multiple of 1024) and on of the tensor with that index.
 
         Args:
-            sums: float64 [count], count <= 2**17.
+            sums: float64 [count], count <= 1024 tiles.
 
         Returns:
-            float64 [count], multiples of the grid; NaN or infinite where a sum is.
+            float64 [count], multiples of the grid; NaN or infinite where a sum is. The next call overwrites them.
         """
         count = sums.numel()
         noise, extreme = self._noise(index, start, count)
-        in_grids = sums * (1.0 / self._grid)
-        whole = in_grids.round()
-        rest = in_grids.sub_(whole).add_(noise)
-        nearest = rest.round()
-        from_middle = rest.sub_(rest.floor()).sub_(0.5).abs_()
-        rounded = whole.add_(nearest)
-        for place in (from_middle.lt_(_ERROR).logical_or_(extreme)).nonzero().flatten().tolist():
+        whole, rest = self._whole[:count], self._rest[:count]
+        torch.round(torch.mul(sums, 1.0 / self._grid, out=rest), out=whole)
+        rest.sub_(whole).add_(noise)
+        whole.add_(torch.round(rest, out=noise))
+        from_middle = rest.sub_(torch.floor(rest, out=noise)).sub_(0.5).abs_()
+        for place in (from_middle < _ERROR).logical_or_(extreme).nonzero().flatten().tolist():
             total = float(sums[place])
             if abs(total) < float("inf"):
-                rounded[place] = self._refined(index, start + place, total)
-        return scale_by_grid(rounded, self._grid)
+                whole[place] = self._refined(index, start + place, total)
+        return scale_by_grid(whole, self._grid)
 
     def _noise(self, index: int, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Noise in units of the grid, float64 [count], and where its error is not bounded, bool [count]."""
         tiles = -(-count // NORMALS_PER_TILE)
         words = tile_words(self._key, index, start // NORMALS_PER_TILE, tiles)
-        signed = _contiguous_float64(words.radius).mul_(2.0**-64)
-        uniform = signed.sub_(signed.floor()).add_(2.0**-65)
-        extreme = (uniform - 0.5).abs_() > 0.5 - _EXTREME
-        radius = uniform.log_().mul_(-2.0).sqrt_().mul_(self._amplitude)
-        angle = _contiguous_float64(words.angle).mul_(torch.pi * 2.0**-31)
-        angle.add_(_contiguous_float64(words.refinement), alpha=torch.pi * 2.0**-63)
-        noise = torch.stack([angle.cos().mul_(radius), angle.sin().mul_(radius)], dim=1)
-        return noise.view(-1)[:count], torch.stack([extreme, extreme], dim=1).view(-1)[:count]
+        radius, angle, spare = self._radius[:tiles], self._angle[:tiles], self._spare[:tiles]
+        radius.copy_(words.radius).mul_(2.0**-64)
+        radius.sub_(torch.floor(radius, out=spare)).add_(2.0**-65)
+        extreme = torch.sub(radius, 0.5, out=spare).abs_() > 0.5 - _EXTREME
+        radius.log_().mul_(-2.0).sqrt_().mul_(self._amplitude)
+        angle.copy_(words.angle).mul_(torch.pi * 2.0**-31)
+        angle.add_(spare.copy_(words.refinement), alpha=torch.pi * 2.0**-63)
+        normals = self._normals[:tiles]
+        torch.mul(torch.cos(angle, out=spare), radius, out=normals[:, 0])
+        torch.mul(torch.sin(angle, out=spare), radius, out=normals[:, 1])
+        return normals.view(-1)[:count], torch.stack([extreme, extreme], dim=1).view(-1)[:count]
 
     def _refined(self, index: int, element: int, total: float) -> float:
         """The integer nearest to total / grid + noise, as a float64."""
@@ -140,7 +148,3 @@ class RoundedGaussian:
             bits += _BITS_AT_A_TIME
             if u:
                 yield bits, u, v
-
-
-def _contiguous_float64(words: torch.Tensor) -> torch.Tensor:
-    return torch.empty(words.shape, dtype=torch.float64).copy_(words)

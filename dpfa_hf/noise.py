@@ -160,7 +160,7 @@ class GaussianNoise:
 
         Returns:
             `sums`. Each element is (sum + noise), computed in float64, rounded to a multiple of `grid` and then to the
-            tensor's dtype; no zero is negative. The extra memory is 6 MiB a thread, 9 MiB in the hardened mode, plus a
+            tensor's dtype; no zero is negative. The extra memory is 6 MiB a thread, 8 MiB in the hardened mode, plus a
             copy of every tensor that is not contiguous.
 
         Raises:
@@ -206,11 +206,12 @@ class GaussianNoise:
         return pending
 
     def _from_chacha20(self, key: bytes) -> NoiseChunk:
+        tiles = _CHUNK // NORMALS_PER_TILE
         if self.floating_point == "hardened":
             from dpfa_hf.hardened_noise import RoundedGaussian
 
-            return RoundedGaussian(key, self.standard_deviation, self.grid)
-        box_muller = BoxMuller(_CHUNK // NORMALS_PER_TILE)
+            return RoundedGaussian(key, self.standard_deviation, self.grid, tiles)
+        box_muller = BoxMuller(tiles)
 
         def noise_chunk(index: int, start: int, sums: torch.Tensor) -> torch.Tensor:
             words = tile_words(key, index, start // NORMALS_PER_TILE, -(-sums.numel() // NORMALS_PER_TILE))

@@ -36,7 +36,7 @@ Mechanism = Callable[[bytes, torch.Tensor], torch.Tensor]  # key, float64 sums -
 
 
 def hardened(key: bytes, sums: torch.Tensor) -> torch.Tensor:
-    return RoundedGaussian(key, SD, GRID)(INDEX, START, sums.clone()).clone()
+    return RoundedGaussian(key, SD, GRID, 2)(INDEX, START, sums.clone()).clone()
 
 
 def block(key: bytes, nonce: int, counter: int) -> bytes:
@@ -159,7 +159,7 @@ def test_more_bits_are_drawn_until_the_rounding_is_decided(monkeypatch: pytest.M
 
 
 def test_further_bits_extend_both_uniforms_and_are_those_of_the_pair_alone() -> None:
-    mechanism = RoundedGaussian(os.urandom(32), SD, GRID)
+    mechanism = RoundedGaussian(os.urandom(32), SD, GRID, 1)
 
     def prefixes(element: int) -> list[tuple[int, int, int]]:
         return list(itertools.islice(mechanism._uniforms(INDEX, element), 3))
@@ -176,7 +176,7 @@ def test_further_bits_extend_both_uniforms_and_are_those_of_the_pair_alone() -> 
 
 
 def test_an_interval_that_holds_zero_is_never_taken_for_a_uniform(monkeypatch: pytest.MonkeyPatch) -> None:
-    mechanism = RoundedGaussian(bytes(32), SD, GRID)
+    mechanism = RoundedGaussian(bytes(32), SD, GRID, 1)
     stream = hardened_noise.chacha20_keystream
 
     def zero_at_first(key: bytes, nonce: int, counter: int, length: int) -> bytearray:
