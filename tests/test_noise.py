@@ -372,7 +372,7 @@ def test_radius_keeps_float32s_relative_accuracy_at_both_ends_of_the_uniforms() 
         assert abs(float(normals.abs().max()) - radius) < 2e-7 * radius + 2**-53 / max(radius, 1e-9)
 
 
-def test_noise_is_far_finer_than_float32_below_its_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_noise_is_far_finer_than_float32_below_its_grid() -> None:
     # The share of a point of the grid must not show where float32's own points lie in it.
     words = tile_words(os.urandom(32), 0, 0, 32)
     normals = BoxMuller(32)(words)
