@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from dpfa_hf._kernel import backward, chacha, flash, forward, noise, release, tiles
+from dpfa_hf._kernel import backward, chacha, flash, forward, noise, norm_kernels, norms, release, tiles
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -51,7 +51,18 @@ KERNELS = {
     "clip_factor": release.clip_factor_kernel,
     "clip_and_noise": release.clip_and_noise_kernel,
     "gaussian_noise": noise.gaussian_noise_kernel,
+    "gram": norm_kernels.gram_kernel,
+    "tile": norm_kernels.tile_kernel,
+    "lookup": norm_kernels.lookup_kernel,
+    "cross": norm_kernels.cross_kernel,
+    "mass": norm_kernels.mass_kernel,
+    "moments": norm_kernels.moments_kernel,
+    "position_sums": norm_kernels.position_sums_kernel,
+    "finish": norm_kernels.finish_kernel,
 }
+# Of norms; the width of a variant is that of left, its value width that of right.
+NORM_KERNELS = (*tiles.NORM_PASSES, "mass", "moments", "position_sums", "finish")
+MULTIPLYING = (*tiles.PASSES, *tiles.NORM_PASSES)
 WIDTHS = (16, 32, 64, 128, 256)
 # Everything at once but dropout, which may have smaller tiles.
 MOST = ("causal", "window", "packed", "padded", "sinks", "softcap")
@@ -71,7 +82,16 @@ _DTYPES_OF_POINTERS = {
     "*fp32": ("LSE", "DLSE", "DELTA", "SINKS", "DSINKS", "RELEASED"),
     "*fp64": ("FACTORS",),
 }
-_FLOATS = ("scale", "softcap", "dropout", "bound", "standard_deviation", "grid", "inverse_grid")
+_DTYPES_OF_NORMS = {
+    "*i32": ("ENDS", "BOUNDARIES"),
+    "*i64": ("KEY", "ORDER", "INDEX"),
+    "*fp32": ("MASS", "MOMENTS"),
+    "*fp64": ("PARTIAL", "OUT", "WEIGHT", "BIAS"),
+}
+_FLOATS = (
+    "scale", "softcap", "dropout", "bound", "standard_deviation", "grid", "inverse_grid",
+    "absolute", "squared", "relative", "eps",
+)  # fmt: skip
 
 
 class Variant(NamedTuple):
@@ -89,8 +109,16 @@ class Variant(NamedTuple):
         return "/".join([self.architecture, self.kernel, self.dtype, widths, "+".join(self.features) or "plain"])
 
     @property
+    def aligned(self) -> bool:
+        """Whether rows begin at multiples of 16 elements, as Triton is told of arguments that are."""
+        return self.width % 16 == self.value_width % 16 == 0
+
+    @property
     def tile(self) -> tiles.Tile | None:
         """What the launcher takes; None for the kernels without a tile in the table."""
+        if self.kernel in tiles.NORM_PASSES:
+            narrow = min(self.width, self.value_width)
+            return tiles.norm_tile(self.architecture, self.kernel, self.dtype != "fp32", narrow, self.aligned)
         if self.kernel not in tiles.PASSES:
             return None
         width = flash._padded(max(self.width, self.value_width))
@@ -106,6 +134,7 @@ class Resources(NamedTuple):
         spilled: bytes of one thread that are in memory for want of registers, or for any other reason.
         shared: bytes.
         matrix_instructions: how many `MATRIX_INSTRUCTIONS` there are.
+        chained: products of matrices that are added up in the accumulator of others, instead of in float32.
     """
 
     tile: tuple[int, int, int, int] | None
@@ -113,6 +142,7 @@ class Resources(NamedTuple):
     spilled: int
     shared: int
     matrix_instructions: int
+    chained: int = 0
 
 
 def build(variant: Variant, tile: tiles.Tile | None = None) -> Resources:
@@ -123,7 +153,7 @@ def build(variant: Variant, tile: tiles.Tile | None = None) -> Resources:
     kernel = KERNELS[variant.kernel]
     constants = _constants(variant, tile)
     names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else _type(name, variant.dtype) for name in names}
+    signature = {name: "constexpr" if name in constants else _type(name, variant) for name in names}
     source = ASTSource(
         fn=kernel,
         signature=signature,
@@ -131,7 +161,7 @@ def build(variant: Variant, tile: tiles.Tile | None = None) -> Resources:
         attrs={
             (names.index(name),): [["tt.divisibility", 16]]
             for name, kind in signature.items()
-            if kind.startswith("*") or name.startswith("stride_")
+            if kind.startswith("*") or (name.startswith("stride_") or name in ("rows", "columns")) and variant.aligned
         },
     )
     options: dict[str, Any] = {"enable_fp_fusion": True}
@@ -145,7 +175,8 @@ def build(variant: Variant, tile: tiles.Tile | None = None) -> Resources:
     instruction, where = MATRIX_INSTRUCTIONS[variant.architecture]
     text = _disassembled(compiled.asm["cubin"]) if where == "sass" else compiled.asm[where]
     count = len(re.findall(rf"\b{re.escape(instruction)}", text))
-    return Resources(None if tile is None else tuple(tile), registers, spilled, compiled.metadata.shared, count)
+    size, shared = None if tile is None else tuple(tile), compiled.metadata.shared
+    return Resources(size, registers, spilled, shared, count, _chained(compiled.asm["ttgir"]))
 
 
 def faults(variant: Variant, resources: Resources, recorded: Resources | None = None) -> list[str]:
@@ -157,11 +188,12 @@ def faults(variant: Variant, resources: Resources, recorded: Resources | None = 
     if resources.shared > limit:
         found.append(f"{variant}: {resources.shared} bytes of shared memory of {limit} with {resources.tile}")
     older = (variant.architecture, variant.kernel, flash._padded(variant.width)) in OLDER_INSTRUCTIONS
-    needed = (
-        variant.kernel in tiles.PASSES and variant.dtype != "fp32" and not (older and "dropout" in variant.features)
-    )
+    needed = variant.kernel in MULTIPLYING and variant.dtype != "fp32" and not (older and "dropout" in variant.features)
     if needed and not resources.matrix_instructions:
         found.append(f"{variant}: no {MATRIX_INSTRUCTIONS[variant.architecture][0]} with {resources.tile}")
+    # The bounds of norms are those of short chains (P14); attention's sums are of one chain.
+    if variant.kernel in tiles.NORM_PASSES and resources.chained:
+        found.append(f"{variant}: {resources.chained} sums of products go on in one accumulator")
     if recorded is not None:
         if resources.registers > MOST_REGISTERS * recorded.registers:
             found.append(f"{variant}: {resources.registers} registers, {recorded.registers} before")
@@ -193,13 +225,29 @@ def table() -> Iterator[Variant]:
         yield Variant(architecture, "row_bounds")
         for dtype in ("fp32", "fp64"):
             yield Variant(architecture, "gaussian_noise", dtype)
+        for dtype in ("bf16", "fp32"):
+            for kernel in NORM_KERNELS:
+                yield Variant(architecture, kernel, dtype, 768, 768)
+                # Widths that are no multiple of 16 elements take registers for addresses, and so does packing.
+                yield Variant(architecture, kernel, dtype, 72, 72, ("packed",))
+            for narrow in (8, 16, 32, 64):
+                yield Variant(architecture, "tile", dtype, 768, narrow, ("packed",))
+            yield Variant(architecture, "gram", dtype, 768, 8, ("packed",))
+        for kernel in tiles.NORM_PASSES:
+            yield Variant(architecture, kernel, "fp16", 768, 768, ("packed",))
 
 
 def representatives() -> Iterator[Variant]:
     """The builds of `table` that every run of the tests repeats: of each tile those that need most."""
     for variant in table():
         everything, most = variant.features == ALL, variant.features == MOST
-        if variant.kernel not in tiles.PASSES:
+        if variant.kernel in NORM_KERNELS:
+            shipped = variant.architecture == "sm_90" and variant.kernel in tiles.NORM_PASSES
+            wanted = variant.dtype == "bf16" and (
+                variant.kernel in ("gram", "tile", "lookup") and variant.width == variant.value_width == 72
+                or shipped and variant.width == variant.value_width == 768
+            )  # fmt: skip
+        elif variant.kernel not in tiles.PASSES:
             wanted = variant.dtype == "bf16" and variant.width > 64 or variant.kernel == "gaussian_noise"
         elif variant.dtype == "fp32":
             wanted = everything and variant.width in (48, 192)
@@ -234,6 +282,8 @@ def write_results(builds: Mapping[str, Resources]) -> None:
 def _constants(variant: Variant, tile: tiles.Tile | None) -> dict[str, Any]:
     """Every constexpr of the kernel, and the arguments that a launch would make one."""
     features, names = set(variant.features), KERNELS[variant.kernel].arg_names
+    if variant.kernel in NORM_KERNELS:
+        return {name: value for name, value in _norm_constants(variant, tile).items() if name in names}
     width, value_width = variant.width, variant.value_width
     constants: dict[str, Any] = {
         "IS_CAUSAL": "causal" in features,
@@ -267,13 +317,40 @@ def _constants(variant: Variant, tile: tiles.Tile | None) -> dict[str, Any]:
     return {name: value for name, value in constants.items() if name in names}
 
 
-def _type(name: str, dtype: str) -> str:
+def _norm_constants(variant: Variant, tile: tiles.Tile | None) -> dict[str, Any]:
+    packed, half = "packed" in variant.features, variant.dtype != "fp32"
+    constants: dict[str, Any] = {
+        "SEGMENTED": packed,
+        "RAGGED": packed,
+        "HAS_MASS": True,
+        "PAIRED": True,
+        "CENTERED": True,
+        "NORMALISED": True,
+        "UPCAST": False,
+        "UPCAST_LEFT": False,
+        "UPCAST_RIGHT": False,
+        "SEARCH": norms.SEARCH,
+        "CHUNK": tiles.NORM_CHUNK[half],
+        "CHUNK_LEFT": tiles.NORM_CHUNK[half],
+        "CHUNK_RIGHT": tiles.NORM_CHUNK[half],
+        "BLOCK": {"position_sums": norms.SUMS_BLOCK, "finish": norms.FINISH_BLOCK}.get(
+            variant.kernel, norms.MASS_BLOCK
+        ),
+        "WIDTH": norms.SUMS_WIDTH if variant.kernel == "position_sums" else norms.MASS_WIDTH,
+    }
+    if tile is not None:
+        constants |= {"BLOCK": tile.block_m, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+    return constants | ({} if packed else {"BOUNDARIES": None, "ENDS": None})
+
+
+def _type(name: str, variant: Variant) -> str:
     """Pointers are in capitals, to tensors of the inputs' dtype unless said otherwise; all else is a number."""
-    for kind, pointers in _DTYPES_OF_POINTERS.items():
+    dtypes = _DTYPES_OF_NORMS if variant.kernel in NORM_KERNELS else _DTYPES_OF_POINTERS
+    for kind, pointers in dtypes.items():
         if name in pointers:
             return kind
     if name.isupper():
-        return f"*{dtype}"
+        return f"*{variant.dtype}"
     return "fp32" if name in _FLOATS else "i32"
 
 
@@ -288,6 +365,12 @@ def _run(tool: str, *options: str, cubin: bytes) -> str:
 
 def _disassembled(cubin: bytes) -> str:
     return _run("nvdisasm", "-c", cubin=cubin)
+
+
+def _chained(ttgir: str) -> int:
+    products = len(re.findall(r"= tt\.dot |ttng\.warp_group_dot |ttng\.tc_gen5_mma ", ttgir))
+    additions = len(re.findall(r"arith\.addf .*: tensor<\d+x\d+xf32", ttgir))
+    return max(0, products - additions)
 
 
 def _read_nvidia(asm: Mapping[str, Any]) -> tuple[int, int]:

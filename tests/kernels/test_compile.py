@@ -57,6 +57,22 @@ def test_mutant_spill_on_amd_is_caught() -> None:
     assert any("spill" in fault for fault in aot.faults(variant, aot.build(variant, Tile(64, 64, 8, 1))))
 
 
+def test_mutant_that_sums_in_one_accumulator_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = "return total + tl.dot(a, b, input_precision="
+    source = Path(aot.norm_kernels.__file__).read_text()
+    assert source.count(right) == 1
+    path = tmp_path / "mutant.py"
+    path.write_text(source.replace(right, "return tl.dot(a, b, total, input_precision="))
+    spec = importlib.util.spec_from_file_location("mutant", path)
+    assert spec is not None and spec.loader is not None
+    mutant = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutant)
+    monkeypatch.setitem(aot.KERNELS, "tile", mutant.tile_kernel)
+    for architecture in ("sm_90", "sm_100"):
+        variant = aot.Variant(architecture, "tile", "bf16", 768, 768)
+        assert any("one accumulator" in fault for fault in aot.faults(variant, aot.build(variant)))
+
+
 def test_mutant_regression_is_caught() -> None:
     before = aot.Resources(None, registers=100, spilled=0, shared=0, matrix_instructions=1)
     assert aot.faults(SHIPPED, before._replace(registers=110), before) == []
@@ -71,6 +87,18 @@ def test_every_entry_of_the_tile_table_is_compiled() -> None:
     compiled = {entry(variant) for variant in aot.table() if variant.kernel in tiles.PASSES}
     assert len(compiled) == len(aot.TARGETS) * len(tiles.PASSES) * 2 * len(aot.WIDTHS) * 2
     assert set(aot.TARGETS) == set(tiles.SHARED_MEMORY)
+
+
+def test_every_tile_of_the_norms_is_compiled_and_within_their_bounds() -> None:
+    compiled = {
+        (variant.architecture, variant.kernel, variant.dtype != "fp32", variant.aligned)
+        for variant in aot.table()
+        if variant.kernel in tiles.NORM_PASSES
+    }
+    assert len(compiled) == len(aot.TARGETS) * len(tiles.NORM_PASSES) * 2 * 2
+    for *entry, aligned in compiled:
+        tile = tiles.norm_tile(*entry, aligned=aligned)
+        assert max(tile.block_m, tile.block_n) <= tiles.NORM_WIDEST
 
 
 def test_recorded_table_has_every_build_and_no_fault(recorded) -> None:

@@ -110,3 +110,67 @@ def tile(architecture: str, kernel: str, half: bool, width: int, dropout: bool =
     if dropout and half and (architecture, kernel, width) in _DROPOUT:
         return _DROPOUT[architecture, kernel, width]
     return (_HALF if half else _FLOAT32)[architecture][kernel][width]
+
+
+NORM_PASSES = ("gram", "tile", "lookup", "cross")
+
+# Of "gram" and "cross": positions on both sides of a block of pairs; of "tile": rows and columns of a tile of the
+# gradient; of "lookup": a chunk of positions, and columns. The widest side of any is what the bounds of `norms` allow.
+NORM_WIDEST = 128
+# Products summed in one accumulator of a matrix unit, and of float32's: the bounds of `norms` grow with both.
+NORM_CHUNK = {True: 64, False: 32}
+
+_NORM_HALF = {
+    "gram": Tile(128, 128, 8, 3),
+    "tile": Tile(128, 128, 8, 3),
+    "lookup": Tile(64, 64, 4, 2),
+    "cross": Tile(64, 64, 4, 2),
+}
+_NORM_FLOAT32 = {
+    "gram": Tile(64, 64, 8, 2),
+    "tile": Tile(64, 64, 8, 2),
+    "lookup": Tile(32, 64, 4, 2),
+    "cross": Tile(64, 64, 8, 2),
+}
+_NORM = {architecture: {True: _NORM_HALF, False: _NORM_FLOAT32} for architecture in SHARED_MEMORY}
+_NORM["gfx942"] = {
+    True: _NORM_HALF | {"gram": Tile(128, 128, 8, 2), "tile": Tile(128, 128, 8, 2)},
+    False: _NORM_FLOAT32,
+}
+_NORM["sm_120"] = {
+    True: {
+        "gram": Tile(64, 64, 4, 3),
+        "tile": Tile(128, 64, 8, 3),
+        "lookup": Tile(64, 64, 8, 2),
+        "cross": Tile(64, 64, 4, 2),
+    },
+    False: _NORM_FLOAT32 | {"gram": Tile(64, 64, 8, 3)},
+}
+# Where rows do not begin at multiples of 16 elements, which takes more registers for addresses; only of 16-bit inputs.
+_NORM_UNALIGNED = {("sm_90", "gram"): Tile(64, 64, 4, 3), ("sm_100", "gram"): Tile(64, 64, 4, 3)}
+
+# What an operation of the Gram form costs, in operations of the tile form: to be measured by `benchmarks/norms.py`.
+GRAM_COST = dict.fromkeys(SHARED_MEMORY, 1.0)
+
+
+def norm_tile(architecture: str, kernel: str, half: bool, columns: int = NORM_WIDEST, aligned: bool = True) -> Tile:
+    """The tile of a kernel of `norms`.
+
+    Args:
+        architecture: a key of `SHARED_MEMORY`, or "interpreter".
+        kernel: one of `NORM_PASSES`.
+        half: whether the inputs have 16 bits instead of 32.
+        columns: of "tile", the narrower side of the gradient: a narrow one (LoRA) is not computed in a wide tile.
+        aligned: whether widths and strides are multiples of 16.
+    """
+    found = _INTERPRETER if architecture == "interpreter" else _NORM[architecture][half][kernel]
+    if half and not aligned:
+        found = _NORM_UNALIGNED.get((architecture, kernel), found)
+    if kernel == "lookup":
+        found = found._replace(block_m=NORM_CHUNK[half])
+    if kernel == "tile":
+        narrow = 16
+        while narrow < min(columns, found.block_n):
+            narrow *= 2
+        found = found._replace(block_n=narrow)
+    return found
