@@ -29,10 +29,18 @@ _CEILING_SHARE = 1 / 100
 # Calibration looks for the natural logarithm of the noise multiplier between 0.03 and a million.
 _LOG_NOISE_RANGE = (-3.5, 14.0)
 _PROGRESS_POINTS = 64
+# Andrew et al. 2021 (arXiv:1905.03871) aim at the median at this rate, at which C moves tenfold in two dozen steps; the
+# weight makes the quantile coordinate, whose half counts, as dear as the loss curve at its default.
+_CLIPPING_QUANTILE, _CLIPPING_LEARNING_RATE, _CLIPPING_QUANTILE_WEIGHT = 0.5, 0.2, 0.16
 
 
 def make_plan(
-    privacy_args: PrivacyArguments, *, num_units: int, expected_batch_size: int, max_steps: int
+    privacy_args: PrivacyArguments,
+    *,
+    num_units: int,
+    expected_batch_size: int,
+    max_steps: int,
+    loss_scale: float | None = None,
 ) -> PrivacyPlan:
     """Decides everything that the guarantee depends on, before step 1.
 
@@ -40,16 +48,19 @@ def make_plan(
     target. With it, `plan.max_steps` is the largest number of steps, at most `max_steps`, whose epsilon is within it.
 
     Guarantee: `plan.epsilon` is an upper bound on the epsilon at `plan.delta` of `plan.max_steps` steps of truncated
-    Poisson sampling with sensitivity (1 + slack) C under the declared adjacency, and is at most the target. It is
-    computed from `TruncatedSubsampledGaussianDpEvent`'s PLD (Ganesh et al., arXiv 2508.15089) with the neighbouring
-    relation explicit (P6), or, with accountant="rdp", from Poisson sampling's RDP with the ceiling charged to delta. A
-    target of infinity gives a plan that is not private.
+    Poisson sampling with sensitivity (1 + slack) C sqrt(1 + beta^2 + s^2 / 4), that of gradient, loss and quantile bit
+    as one vector, under the declared adjacency, and is at most the target. It is computed from
+    `TruncatedSubsampledGaussianDpEvent`'s PLD (Ganesh et al., arXiv 2508.15089) with the neighbouring relation explicit
+    (P6), or, with accountant="rdp", from Poisson sampling's RDP with the ceiling charged to delta. A target of infinity
+    gives a plan that is not private.
 
     Args:
         privacy_args: what the user asked for; its `expected_batch_size`, where set, replaces the argument below.
         num_units: n, the public number of privacy units, counted before any filter that looks at rows (P5).
         expected_batch_size: expected units in a step, the public divisor of the noised sum.
         max_steps: T, the steps that the schedule asks for.
+        loss_scale: public default for `private_loss_max`; where neither is known no loss is released, and none charged.
+            Nor is one under a target of infinity, where nothing would protect it.
 
     Raises:
         PrivacyError: the arguments and the sizes contradict each other, or not even one step fits the target.
@@ -87,6 +98,9 @@ def make_plan(
             f"max_batch_size={ceiling} is exceeded so often that accountant='rdp' has no delta left; raise "
             "max_batch_size or use accountant='pld'."
         )
+    adaptive = privacy_args.clipping == "adaptive"
+    loss_max = privacy_args.private_loss_max if privacy_args.private_loss_max is not None else loss_scale
+    shows_loss = private and loss_max is not None and privacy_args.private_loss_weight > 0
     draft = PrivacyPlan(
         privacy_unit=privacy_args.privacy_unit,
         adjacency=privacy_args.adjacency,
@@ -98,6 +112,11 @@ def make_plan(
         max_batch_size=ceiling,
         noise_multiplier=1.0 if privacy_args.noise_multiplier is None else privacy_args.noise_multiplier,
         clipping_norm=privacy_args.per_example_max_grad_norm,
+        clipping_quantile=(privacy_args.clipping_quantile or _CLIPPING_QUANTILE) if adaptive else 0.0,
+        clipping_learning_rate=(privacy_args.clipping_learning_rate or _CLIPPING_LEARNING_RATE) if adaptive else 0.0,
+        clipping_quantile_weight=_CLIPPING_QUANTILE_WEIGHT if adaptive else 0.0,
+        private_loss_weight=privacy_args.private_loss_weight if shows_loss else 0.0,
+        private_loss_max=(loss_max or 0.0) if shows_loss else 0.0,
         sensitivity_slack=sensitivity_slack(ceiling),
         max_steps=max_steps,
         delta=delta,
@@ -114,6 +133,25 @@ def make_plan(
     if privacy_args.noise_multiplier is None:
         return _with_calibrated_noise(draft, sketch)
     return _with_affordable_steps(draft, sketch)
+
+
+def statistics_prices(plan: PrivacyPlan) -> dict[str, float]:
+    """What each released statistic costs: name -> epsilon with it less epsilon of the same noise and steps without it.
+
+    Epsilon itself already contains them. Empty for a plan that releases none, or is not private.
+    """
+    if not plan.is_private:
+        return {}
+    without = {}
+    if plan.private_loss_weight:
+        without["private_loss"] = replace(plan, private_loss_weight=0.0)
+    if plan.clipping_quantile_weight:
+        without["adaptive_clipping"] = replace(plan, clipping="flat", clipping_quantile_weight=0.0)
+
+    def epsilon(each: PrivacyPlan) -> float:
+        return _epsilon_by_steps(each, _coarse_interval(plan))(plan.max_steps)
+
+    return {name: epsilon(plan) - epsilon(each) for name, each in without.items()}
 
 
 class EpsilonCurve:

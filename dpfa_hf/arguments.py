@@ -53,13 +53,44 @@ class PrivacyArguments:
     )
     per_example_max_grad_norm: float = field(
         default=1.0,
-        metadata={"help": "Clipping norm C: no privacy unit moves the summed gradient by more than this (L2)."},
+        metadata={
+            "help": "Clipping norm C: no privacy unit moves the summed gradient by more than this (L2). With "
+            "clipping=adaptive, the one to start from."
+        },
     )
-    clipping: Literal["flat", "automatic", "per_layer"] = field(
+    clipping: Literal["flat", "automatic", "per_layer", "adaptive"] = field(
         default="flat",
         metadata={
             "help": "flat: scale a gradient down to C when it is longer. automatic: scale every gradient to about C, "
-            "so that C needs no tuning. per_layer: clip layer by layer, with C the root of the sum of squares."
+            "so that C needs no tuning. per_layer: clip layer by layer, with C the root of the sum of squares. "
+            "adaptive: as flat, with C following the clipping_quantile of the gradients' norms, for about a hundredth "
+            "of epsilon."
+        },
+    )
+    clipping_quantile: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the gradients that clipping=adaptive aims to leave whole. Default: 0.5, the median norm."
+        },
+    )
+    clipping_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "How fast clipping=adaptive moves C: by exp(-rate x error) a step. Default: 0.2."},
+    )
+    private_loss_weight: float = field(
+        default=0.08,
+        metadata={
+            "help": "Log private_loss, an estimate of the mean training loss that the noise protects, at this share of "
+            "the clipping norm: the default costs about a hundredth of epsilon. A larger one is less noisy and costs "
+            "its square; 0 switches it off."
+        },
+    )
+    private_loss_max: float | None = field(
+        default=None,
+        metadata={
+            "help": "Losses above this count as this in private_loss, whose noise grows with it; choose it without "
+            "looking at the data. Default: twice the loss of a uniform guess, 2 ln K for K labels or tokens; "
+            "regression and per_example_loss_fn have no default, and no private_loss unless you give one."
         },
     )
     expected_batch_size: int | None = field(
@@ -177,6 +208,13 @@ class PrivacyArguments:
 
         require("target_epsilon", self.target_epsilon > 0, "greater than 0 (inf only with a noise_multiplier)")
         require("per_example_max_grad_norm", 0 < self.per_example_max_grad_norm < math.inf, "positive and finite")
+        require("private_loss_weight", 0 <= self.private_loss_weight <= 1, "between 0 and 1")
+        if self.private_loss_max is not None:
+            require("private_loss_max", 0 < self.private_loss_max < math.inf, "positive and finite")
+        if self.clipping_quantile is not None:
+            require("clipping_quantile", 0 < self.clipping_quantile < 1, "strictly between 0 and 1")
+        if self.clipping_learning_rate is not None:
+            require("clipping_learning_rate", 0 < self.clipping_learning_rate <= 10, "above 0 and at most 10")
         if self.noise_multiplier is not None:
             require("noise_multiplier", 0 <= self.noise_multiplier < math.inf, "finite and not negative")
         if self.sampling_probability is not None:
@@ -214,6 +252,12 @@ class PrivacyArguments:
                 f"privacy_unit_column is only for privacy_unit='user', not {self.privacy_unit!r}; drop it or set "
                 "privacy_unit='user'."
             )
+        for name in ("clipping_quantile", "clipping_learning_rate"):
+            if self.clipping != "adaptive" and getattr(self, name) is not None:
+                raise PrivacyError(
+                    f"{name} is only for clipping='adaptive', not {self.clipping!r}; drop it or set "
+                    "clipping='adaptive'."
+                )
         if self.accountant == "rdp" and self.adjacency != "zero_out":
             raise PrivacyError(
                 "accountant='rdp' cannot account for adjacency='replace_one' under Poisson sampling; use "

@@ -135,6 +135,16 @@ def plan(
         int | None, typer.Option(min=1, help="Ceiling on a step's units. Default: so high that it costs nothing.")
     ] = None,
     max_grad_norm: Annotated[float, typer.Option(help="Clipping norm C.")] = 1.0,
+    clipping: Annotated[
+        str,
+        typer.Option(
+            callback=_one_of("flat", "automatic", "per_layer", "adaptive"),
+            help="adaptive has a price; flat, automatic and per_layer have none.",
+        ),
+    ] = "flat",
+    private_loss_weight: Annotated[
+        float, typer.Option(help="Weight of the private loss curve, which has a price; 0 for none.")
+    ] = 0.08,
     accountant: Annotated[str, typer.Option(callback=_one_of("pld", "rdp"), help="pld (tight), or rdp.")] = "pld",
     as_json: AsJson = False,
 ) -> None:
@@ -161,6 +171,8 @@ def plan(
                 target_delta=delta,
                 noise_multiplier=noise_multiplier,
                 per_example_max_grad_norm=max_grad_norm,
+                clipping=clipping,  # type: ignore[arg-type]
+                private_loss_weight=private_loss_weight,
                 max_batch_size=max_batch_size,
                 adjacency=adjacency,  # type: ignore[arg-type]
                 accountant=accountant,  # type: ignore[arg-type]
@@ -178,13 +190,19 @@ def plan(
 
 
 def _planned(arguments: PrivacyArguments, num_units: int, batch: int, steps: int) -> dict[str, Any]:
-    from dpfa_hf.accounting import make_plan
+    from dpfa_hf.accounting import make_plan, statistics_prices
 
-    found: PrivacyPlan = make_plan(arguments, num_units=num_units, expected_batch_size=batch, max_steps=steps)
+    # Any scale will do: the price does not depend on it.
+    found: PrivacyPlan = make_plan(
+        arguments, num_units=num_units, expected_batch_size=batch, max_steps=steps, loss_scale=1.0
+    )
+    prices = statistics_prices(found)
     names = ("epsilon", "delta", "noise_multiplier", "clipping_norm", "sampling_probability", "max_steps")
     return {
         **{name: getattr(found, name) for name in (*names, "max_batch_size", "adjacency", "accountant")},
         "noise_per_example": found.noise_standard_deviation / found.expected_batch_size,
+        "price_private_loss": prices.get("private_loss"),
+        "price_adaptive_clipping": prices.get("adaptive_clipping"),
         "private": found.is_private,
         "refused": None,
     }
@@ -196,11 +214,25 @@ def _print_plans(rows: Sequence[Mapping[str, Any]]) -> None:
         shown = [f"{row['target_epsilon']:g}", row["expected_batch_size"]]
         if row["refused"] is None:
             epsilon = f"{row['epsilon']:.4f}" if row["private"] else "NOT PRIVATE"
-            shown += [row["max_steps"], row["max_batch_size"], epsilon, f"{row['delta']:.3g}"]
+            prices = [row["price_private_loss"], row["price_adaptive_clipping"]]
+            shown += [row["max_steps"], row["max_batch_size"], epsilon]
+            shown += ["-" if price is None else f"{price:.4f}" for price in prices] + [f"{row['delta']:.3g}"]
             shown += [f"{row['noise_multiplier']:.4g}", f"{row['noise_per_example']:.3g}"]
         cells.append(shown)
+    prices_heads = ("ε for the loss curve", "ε for adaptive C")
     _print_table(
-        ("target ε", "expected batch", "steps", "batch ceiling", "ε", "δ", "σ", "noise per example σC/batch"), cells
+        (
+            "target ε",
+            "expected batch",
+            "steps",
+            "batch ceiling",
+            "ε",
+            *prices_heads,
+            "δ",
+            "σ",
+            "noise/example σC/batch",
+        ),
+        cells,
     )
     for row in rows:
         if row["refused"]:
@@ -208,7 +240,8 @@ def _print_plans(rows: Sequence[Mapping[str, Any]]) -> None:
     typer.echo(
         "\nThe last column decides how well the model learns: it is the noise on the average gradient, whose norm is "
         "at most C.\nLower is better. It falls with a larger batch (which costs computing time), a larger epsilon "
-        "(which costs privacy),\nmore data, or fewer steps."
+        "(which costs privacy),\nmore data, or fewer steps. Loss curve and adaptive clipping are part of ε: "
+        "without them the same noise would\ncost so much less (--private-loss-weight 0, --clipping flat)."
     )
 
 

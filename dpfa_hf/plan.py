@@ -26,7 +26,8 @@ def sensitivity_slack(max_batch_size: int) -> float:
     Per-example rounding (2**-12) plus twice the summation error of `max_batch_size` addends (2**-21 each).
 
     Guarantee: the accountant is given sigma / (1 + slack), that is, noise of sigma * C against a sensitivity of
-    (1 + slack) * C, so an engine whose norms and sums stay within the slack has the epsilon that is printed.
+    (1 + slack) * C, so an engine whose norms and sums stay within the slack has the epsilon that is printed. (A joint
+    sensitivity above C multiplies both; only its gradient part is summed in float32.)
     """
     return _PER_EXAMPLE_ROUNDING + 2 * max_batch_size * _SUMMATION_ROUNDING
 
@@ -36,8 +37,9 @@ class PrivacyPlan:
     """Everything about a run that its guarantee depends on, fixed before step 1 and never recomputed (P19).
 
     Guarantee: with every unit in every step independently with `sampling_probability`, at most `max_batch_size` of them
-    kept at random, unit contributions clipped to `clipping_norm`, Gaussian noise of `noise_standard_deviation` added
-    once to their sum, and at most `max_steps` steps, the released weights are (`epsilon`, `delta`)-DP for
+    kept at random, unit contributions clipped to the clipping norm and lengthened by the coordinates of
+    `dpfa_hf.statistics`, Gaussian noise of `noise_standard_deviation_at` that norm added once to every coordinate of
+    their sum, and at most `max_steps` steps, the released weights and statistics are (`epsilon`, `delta`)-DP for
     `privacy_unit` under `adjacency`. An `epsilon` of inf is no guarantee at all.
 
     Built by `dpfa_hf.accounting.make_plan`. Construction checks types and ranges only.
@@ -46,13 +48,19 @@ class PrivacyPlan:
         privacy_unit: what is protected, "example" or "document".
         adjacency: "zero_out" or "replace_one".
         accountant: "pld" or "rdp".
-        clipping: "flat", "automatic" or "per_layer".
+        clipping: "flat", "automatic", "per_layer" or "adaptive".
         num_units: n, the public number of privacy units.
         sampling_probability: q.
         expected_batch_size: the public constant that divides the noised sum, in units.
         max_batch_size: B_max, in units.
-        noise_multiplier: sigma, noise standard deviation over `clipping_norm`.
-        clipping_norm: C, the L2 bound on a unit's whole contribution.
+        noise_multiplier: sigma, noise standard deviation over the clipping norm.
+        clipping_norm: C, the L2 bound on a unit's gradient; under "adaptive" clipping that of the first step.
+        clipping_quantile: gamma, the share of units whose gradients "adaptive" clipping leaves whole; otherwise unused.
+        clipping_learning_rate: eta of "adaptive" clipping; otherwise unused.
+        clipping_quantile_weight: s, distance of the two values of a unit's quantile coordinate in units of C; 0 for
+            none.
+        private_loss_weight: beta, largest value of a unit's loss coordinate in units of C; 0 for none.
+        private_loss_max: the loss at which that coordinate is largest; larger ones count as this one.
         sensitivity_slack: rounding allowance on C, see `sensitivity_slack()`.
         max_steps: T_max, the last step that may be charged.
         delta: delta of the guarantee.
@@ -77,6 +85,11 @@ class PrivacyPlan:
     max_batch_size: int
     noise_multiplier: float
     clipping_norm: float
+    clipping_quantile: float
+    clipping_learning_rate: float
+    clipping_quantile_weight: float
+    private_loss_weight: float
+    private_loss_max: float
     sensitivity_slack: float
     max_steps: int
     delta: float
@@ -93,6 +106,7 @@ class PrivacyPlan:
             if isinstance(value, bool) or not isinstance(value, abstract) or value != value:
                 raise PrivacyError(f"plan field {name}={value!r} is not {kind.__name__}; the plan is damaged.")
             object.__setattr__(self, name, kind(value))
+        adaptive = self.clipping == "adaptive"
         possible = {
             "num_units": self.num_units >= 1,
             "sampling_probability": 0 < self.sampling_probability <= 1,
@@ -100,6 +114,15 @@ class PrivacyPlan:
             "max_batch_size": 1 <= self.max_batch_size <= self.num_units,
             "noise_multiplier": 0 <= self.noise_multiplier < math.inf,
             "clipping_norm": 0 < self.clipping_norm < math.inf,
+            "clipping_quantile": 0 <= self.clipping_quantile < 1 and (self.clipping_quantile > 0 or not adaptive),
+            "clipping_learning_rate": 0 <= self.clipping_learning_rate < math.inf,
+            "clipping_quantile_weight": (
+                0 <= self.clipping_quantile_weight <= 1 and (self.clipping_quantile_weight > 0 or not adaptive)
+            ),
+            "private_loss_weight": 0 <= self.private_loss_weight <= 1,
+            "private_loss_max": (
+                0 <= self.private_loss_max < math.inf and (self.private_loss_max > 0 or self.private_loss_weight == 0)
+            ),
             "sensitivity_slack": 0 <= self.sensitivity_slack < math.inf,
             "max_steps": self.max_steps >= 1,
             "delta": 0 < self.delta < 1 / max(self.num_units, 1),
@@ -110,15 +133,24 @@ class PrivacyPlan:
             if not good:
                 raise PrivacyError(f"plan field {name}={getattr(self, name)!r} is impossible; the plan is damaged.")
 
+    def noise_standard_deviation_at(self, clipping_norm: float) -> float:
+        """Standard deviation of the noise on every coordinate of the sum of a step clipped to `clipping_norm`."""
+        return self.noise_multiplier * clipping_norm
+
     @property
     def noise_standard_deviation(self) -> float:
-        """Standard deviation of the noise on every coordinate of the clipped sum, before division."""
-        return self.noise_multiplier * self.clipping_norm
+        """Standard deviation of the noise on every coordinate of the first step's clipped sum, before division."""
+        return self.noise_standard_deviation_at(self.clipping_norm)
+
+    @property
+    def joint_sensitivity(self) -> float:
+        """Longest vector that one unit adds to a step, in units of C: gradient, loss and centred quantile bit."""
+        return math.sqrt(1 + self.private_loss_weight**2 + (self.clipping_quantile_weight / 2) ** 2)
 
     @property
     def accounted_noise_multiplier(self) -> float:
-        """Noise over the sensitivity that rounding allows (P15): what the accountant is given."""
-        return self.noise_multiplier / (1 + self.sensitivity_slack)
+        """Noise over the joint sensitivity that rounding allows (P15): what the accountant is given."""
+        return self.noise_multiplier / (self.joint_sensitivity * (1 + self.sensitivity_slack))
 
     @property
     def is_private(self) -> bool:

@@ -89,6 +89,7 @@ _FINGERPRINT = re.compile(r"[0-9a-fA-F]{32}")
 def build_report(
     *,
     plan: PrivacyPlan,
+    clipping_norm: float | None = None,
     run: str | None,
     steps: int,
     dataset: str | None,
@@ -112,6 +113,7 @@ def build_report(
 
     Args:
         plan: what was decided before step 1.
+        clipping_norm: the norm that adaptive clipping has reached, a release; None for the plan's.
         run: the run's id in the ledger, by which it is resumed; None without a ledger.
         steps: charged steps so far.
         dataset: the data set's name in the ledger; None if the user gave none, so that the sums hold for this very
@@ -132,7 +134,8 @@ def build_report(
     Raises:
         PrivacyError: the arguments contradict the plan or each other, or `dataset` looks like a fingerprint.
     """
-    _refuse_contradictions(plan, steps, dataset, dataset_spent, noise, curve)
+    clipping_norm = plan.clipping_norm if clipping_norm is None else clipping_norm
+    _refuse_contradictions(plan, clipping_norm, steps, dataset, dataset_spent, noise, curve)
     reasons = {
         "there is no bound on epsilon (target_epsilon=inf)": not plan.is_private,
         "no noise was added": plan.noise_multiplier == 0,
@@ -161,7 +164,7 @@ def build_report(
             "delta": spent[1],
         },
         "trust_model": _TRUST_MODEL,
-        "releases": _releases(log_private_metrics, eval_data),
+        "releases": _releases(plan, log_private_metrics, eval_data),
         "unit": {
             "privacy_unit": plan.privacy_unit,
             "what": unit,
@@ -180,6 +183,9 @@ def build_report(
             "noise_multiplier": plan.noise_multiplier,
             "clipping": plan.clipping,
             "clipping_norm": plan.clipping_norm,
+            "clipping_norm_reached": clipping_norm,
+            "coordinates": _coordinates(plan),
+            "joint_sensitivity": plan.joint_sensitivity,
             "sensitivity_slack": plan.sensitivity_slack,
             "max_steps": plan.max_steps,
             "loss": loss,
@@ -251,6 +257,7 @@ def read_report(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _refuse_contradictions(
     plan: PrivacyPlan,
+    clipping_norm: float,
     steps: int,
     dataset: str | None,
     dataset_spent: tuple[float, float] | None,
@@ -266,7 +273,10 @@ def _refuse_contradictions(
             f"dataset_spent={dataset_spent} is less than this run's own ({plan.epsilon}, {plan.delta}); reserve the "
             "run in the ledger first and pass the data set's sums."
         )
-    planned = {"standard_deviation": plan.noise_standard_deviation, "generator": plan.noise_generator}
+    if plan.clipping != "adaptive" and clipping_norm != plan.clipping_norm:
+        raise PrivacyError(f"clipping_norm={clipping_norm} is not the plan's {plan.clipping_norm}; clip to the plan's.")
+    deviation = plan.noise_standard_deviation_at(clipping_norm)
+    planned = {"standard_deviation": deviation, "generator": plan.noise_generator}
     for name, value in planned.items():
         if noise.get(name, value) != value:
             raise PrivacyError(f"noise has {name}={noise[name]!r}, the plan {value!r}; build the noise from the plan.")
@@ -284,12 +294,28 @@ def _refuse_damaged(report: object, where: str) -> None:
         )
 
 
-def _releases(log_private_metrics: bool, eval_data: str | None) -> dict[str, list[str]]:
+def _coordinates(plan: PrivacyPlan) -> list[dict[str, str | float]]:
+    """What is summed and noised as one vector: each part with the longest that one unit's may be, in units of C."""
+    found: list[dict[str, str | float]] = [{"what": "the clipped gradient", "longest": 1.0}]
+    if plan.private_loss_weight:
+        what = f"the loss, clamped to between 0 and {plan.private_loss_max:.6g}"
+        found.append({"what": what, "longest": plan.private_loss_weight})
+    if plan.clipping_quantile_weight:
+        what = "whether the gradient's norm is within the clipping norm, as plus or minus one"
+        found.append({"what": what, "longest": plan.clipping_quantile_weight / 2})
+    return found
+
+
+def _releases(plan: PrivacyPlan, log_private_metrics: bool, eval_data: str | None) -> dict[str, list[str]]:
     covered = [
         "the trained weights and everything computed from them",
         "every checkpoint of the run, optimizer state included",
         "epsilon, step, learning rate, expected batch size and the norm of the noised gradient in the logs",
     ]
+    if plan.private_loss_weight:
+        covered.append("private_loss in the logs, a noised estimate of the mean training loss")
+    if plan.clipping_quantile_weight:
+        covered.append("the clipping norm of every step, which follows a noised share of the units")
     not_covered = [
         "how long a step took, as whoever watches the terminal or the machine can see",
         "anything computed from private rows before training, such as a tokenizer, a label list or a maximum length",
@@ -462,8 +488,13 @@ def _section(report: Mapping[str, Any]) -> str:
         "Sampling": f"{mechanism['sampler']}; each unit with probability q = {mechanism['sampling_probability']:.6g}",
         "Batch": f"{mechanism['expected_batch_size']} expected, at most {mechanism['max_batch_size']}",
         "Noise multiplier σ": f"{mechanism['noise_multiplier']:.6g}",
-        "Clipping": f"{mechanism['clipping']}, norm C = {mechanism['clipping_norm']:g}, allowance for rounding "
-        f"{mechanism['sensitivity_slack']:.2g} C",
+        "Clipping": f"{mechanism['clipping']}, norm C = {mechanism['clipping_norm']:g}"
+        + (" at first" if mechanism["clipping"] == "adaptive" else "")
+        + f", allowance for rounding {mechanism['sensitivity_slack']:.2g} C",
+        "Released by every step": "; ".join(
+            f"{each['what']} (at most {each['longest']:.4g} C)" for each in mechanism["coordinates"]
+        )
+        + f"; as one vector, at most {_up(mechanism['joint_sensitivity'])} C of one unit",
         "Steps": f"{steps['charged']} taken of {steps['planned']} planned; ε is that of all planned steps",
         "Loss": mechanism["loss"],
         "Accountant": f"{accountant['name']} ({accountant['version']})",

@@ -36,6 +36,7 @@ from dpfa_hf.per_example import packing, preflight
 from dpfa_hf.per_example.gradients import PerExampleGradients, PerExampleLoss
 from dpfa_hf.plan import PrivacyPlan
 from dpfa_hf.report import build_report, read_report, write_report
+from dpfa_hf.statistics import StepStatistics, next_clipping_norm, public_loss_scale
 
 logger = logging.get_logger(__name__)
 
@@ -55,6 +56,7 @@ WITHHELD = frozenset(
 # Fields of a plan that name its accountant rather than the mechanism: a newer dp_accounting may change them.
 _ACCOUNTANT_FIELDS = ("epsilon", "accountant_version", "truncation_delta")
 _UNNAMED = "unnamed-"
+_CLIPPING_STATE_NAME = "clipping_norm.json"
 
 
 # For type checkers the mixin is a Trainer; at run time it stands in front of whichever Trainer it is mixed with.
@@ -128,21 +130,31 @@ class DPTrainerMixin(_Base):
         steps = self.args.max_steps
         if steps <= 0:
             steps = math.ceil(self.args.num_train_epochs * math.ceil(num_units / expected))
-        self.privacy_plan = make_plan(privacy_args, num_units=num_units, expected_batch_size=expected, max_steps=steps)
         self._task: str | None = None
         if loss_fn is None:
             self._task = per_example_losses.task_of(self.model)
             loss_fn = per_example_losses.per_example_loss(self.model, self._task)
+        self.privacy_plan = plan = make_plan(
+            privacy_args,
+            num_units=num_units,
+            expected_batch_size=expected,
+            max_steps=steps,
+            loss_scale=public_loss_scale(
+                getattr(per_example_losses.base_model(self.model), "config", None), self._task
+            ),
+        )
+        released = plan.private_loss_weight or plan.clipping_quantile_weight
+        self._statistics = StepStatistics(plan) if released else None
+        self._private_losses: list[float] = []  # since the last log
         self._engine = PerExampleGradients(
             self.model,
             loss_fn,
-            clipping_norm=self.privacy_plan.clipping_norm,
-            clipping=self.privacy_plan.clipping,
+            clipping_norm=plan.clipping_norm,
+            clipping="flat" if plan.clipping == "adaptive" else plan.clipping,
+            statistics=self._statistics,
         )
         self._sampler = self._new_sampler()
-        self._noise = GaussianNoise(
-            self.privacy_plan.noise_standard_deviation, generator=self.privacy_plan.noise_generator
-        )
+        self._noise = self._new_noise(plan.clipping_norm)
         self._ledger = Ledger(privacy_args.ledger)
         self._keep_one_budget_callback()
 
@@ -154,6 +166,10 @@ class DPTrainerMixin(_Base):
             plan.max_batch_size,
             num_steps=math.ceil(plan.num_units / plan.expected_batch_size),
         )
+
+    def _new_noise(self, clipping_norm: float) -> GaussianNoise:
+        plan = self.privacy_plan
+        return GaussianNoise(plan.noise_standard_deviation_at(clipping_norm), generator=plan.noise_generator)
 
     def _keep_one_budget_callback(self) -> None:
         ours = [c for c in self.callback_handler.callbacks if isinstance(c, PrivacyBudgetCallback)]
@@ -270,10 +286,40 @@ class DPTrainerMixin(_Base):
                 f"resuming run {record.run} with another ledger_dataset ({named!r}): its steps would be charged to "
                 "other people's data; restore the name that the run was started with, or start a new one"
             )
+        norm = stored.clipping_norm
+        if stored.clipping == "adaptive":
+            norm = self._read_clipping_norm(checkpoint, record.run)
         record = self._ledger.resume_run(record.run, stored.sha256())
         self.privacy_plan = stored
+        self._clip_to(norm)
         self._resumed += 1
         return PrivacyBudget(stored, self._ledger, record.run, record.steps)
+
+    def _clip_to(self, clipping_norm: float) -> None:
+        """Between steps: the norm and the noise that belongs to it."""
+        if clipping_norm != self._engine.clipping_norm:
+            self._engine.clipping_norm = clipping_norm
+            self._noise = self._new_noise(clipping_norm)
+
+    def _read_clipping_norm(self, checkpoint: str, run: str) -> float:
+        """The norm that adaptive clipping had reached, as `_save_optimizer_and_scheduler` wrote it."""
+        try:
+            state = json.loads((Path(checkpoint) / _CLIPPING_STATE_NAME).read_text())
+            step = json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text())["global_step"]
+            norm = float.fromhex(state["clipping_norm"])
+            whole = state["seal"] == self._clipping_seal(run, step, norm)
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
+            whole = False
+        if not whole:
+            raise PrivacyError(
+                f"{checkpoint} has no {_CLIPPING_STATE_NAME} of run {run} and its step, or another than was written: "
+                "adaptive clipping does not know the norm that it had reached; resume from another checkpoint"
+            )
+        return norm
+
+    def _clipping_seal(self, run: str, step: int, clipping_norm: float) -> str:
+        """Made with the ledger's secret, so that whoever can write to the checkpoint alone cannot choose a norm."""
+        return self._ledger.fingerprint(f"clipping norm:{run}:{step}:{clipping_norm.hex()}".encode())
 
     def _check_on_synthetic_rows(self) -> None:
         dataset, collate = self._collated_dataset()
@@ -355,11 +401,21 @@ class DPTrainerMixin(_Base):
         sums = self._engine.take()
         self._run_budget.charge()
         self._noise.add_noise(sums)
+        if self._statistics is not None:
+            self._read_statistics(self._statistics, sums[self._statistics.name])
         for name, parameter in self._engine.parameters.values():
             parameter.grad = sums[name].div_(self.privacy_plan.expected_batch_size).to(parameter.dtype)
         if self._privacy_args.log_private_metrics:
             return (total / self.privacy_plan.expected_batch_size).float()
         return torch.full((), math.nan, device=self.args.device)
+
+    def _read_statistics(self, statistics: StepStatistics, noised: torch.Tensor) -> None:
+        """Keeps the loss for the next log and clips the next step by the norm that the noised sums call for."""
+        norm = self._engine.clipping_norm
+        found = statistics.estimates(noised, norm)
+        if found.loss is not None:
+            self._private_losses.append(found.loss)
+        self._clip_to(next_clipping_norm(self.privacy_plan, norm, found.unclipped))
 
     def _accumulate(self, indices: np.ndarray, micro_batches: list[Any]) -> torch.Tensor:
         """Adds a logical batch to the clipped sum and returns the sum of its losses.
@@ -397,9 +453,17 @@ class DPTrainerMixin(_Base):
         return 0
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As in Trainer, with epsilon added and what the noise does not protect withheld (P23)."""
+        """As in Trainer, with epsilon and the noised statistics, and without what the noise does not protect (P23).
+
+        `private_loss` is the mean of the noised estimates of all steps since the last training log.
+        """
         if not self._observed:
             return
+        if "loss" in logs and self._private_losses:
+            logs["private_loss"] = math.fsum(self._private_losses) / len(self._private_losses)
+            self._private_losses.clear()
+        if "loss" in logs and self.privacy_plan.clipping == "adaptive":
+            logs["clipping_norm"] = self._engine.clipping_norm
         if not self._privacy_args.log_private_metrics:
             for key in WITHHELD & logs.keys():
                 del logs[key]
@@ -470,6 +534,7 @@ class DPTrainerMixin(_Base):
         peft = getattr(self.model, "peft_config", None)
         return build_report(
             plan=self.privacy_plan,
+            clipping_norm=self._engine.clipping_norm,
             run=None if budget is None else budget.run,
             steps=0 if budget is None else budget.steps,
             dataset=asked.ledger_dataset,
@@ -503,6 +568,16 @@ class DPTrainerMixin(_Base):
             write_report(output_dir or self.args.output_dir or ".", self.privacy_report())
         if push and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=getattr(self.args, "hub_revision", None))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As in Trainer, with the norm that adaptive clipping has reached: a resumed run goes on from there."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.privacy_plan.clipping == "adaptive" and self.args.should_save:
+            assert self._run_budget is not None
+            norm = self._engine.clipping_norm
+            seal = self._clipping_seal(self._run_budget.run, self.state.global_step, norm)
+            state = {"clipping_norm": norm.hex(), "seal": seal}
+            (Path(output_dir) / _CLIPPING_STATE_NAME).write_text(json.dumps(state) + "\n")
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Nothing is saved: how far dropout has advanced the generators tells how large the private batches were (P23).

@@ -16,7 +16,7 @@ from dp_accounting.rdp import RdpAccountant
 from opacus.accountants import PRVAccountant
 
 from dpfa_hf import accounting
-from dpfa_hf.accounting import EpsilonCurve, make_plan
+from dpfa_hf.accounting import EpsilonCurve, make_plan, statistics_prices
 from dpfa_hf.arguments import PrivacyArguments
 from dpfa_hf.errors import PrivacyError
 from dpfa_hf.plan import PrivacyPlan
@@ -35,19 +35,26 @@ def _no_cached_distributions() -> Iterator[None]:
 
 @functools.cache
 def plan_for(
-    num_units: int = 2000, expected_batch_size: int = 100, max_steps: int = 600, **arguments: Any
+    num_units: int = 2000,
+    expected_batch_size: int = 100,
+    max_steps: int = 600,
+    loss_scale: float | None = None,
+    **arguments: Any,
 ) -> PrivacyPlan:
     return make_plan(
         PrivacyArguments(**{"target_epsilon": 2.0, **arguments}),
         num_units=num_units,
         expected_batch_size=expected_batch_size,
         max_steps=max_steps,
+        loss_scale=loss_scale,
     )
 
 
 def noise_over_sensitivity(plan: PrivacyPlan) -> float:
-    """P15 written out again: per-example rounding plus twice the summation error at B_max."""
-    return plan.noise_multiplier / (1 + 2**-12 + 2 * plan.max_batch_size / 2**21)
+    """P15 written out again: per-example rounding plus twice the summation error at B_max; and the joint vector of a
+    gradient of length 1, a loss of at most beta and a bit of plus or minus s / 2."""
+    joint = math.sqrt(1 + plan.private_loss_weight**2 + plan.clipping_quantile_weight**2 / 4)
+    return plan.noise_multiplier / joint / (1 + 2**-12 + 2 * plan.max_batch_size / 2**21)
 
 
 @functools.cache
@@ -80,6 +87,9 @@ def is_accounted_for(plan: PrivacyPlan) -> bool:
         (SIZES, {"noise_multiplier": 4.0}),
         (SIZES, {"noise_multiplier": 4.0, "target_delta": 1e-8}),
         (SIZES, {"noise_multiplier": 8.0, "adjacency": "replace_one"}),
+        (SIZES, {"noise_multiplier": 4.0, "loss_scale": 1.0, "private_loss_weight": 0.5}),
+        (SIZES, {"noise_multiplier": 4.0, "clipping": "adaptive"}),
+        (SIZES, {"noise_multiplier": 8.0, "loss_scale": 1.0, "clipping": "adaptive", "adjacency": "replace_one"}),
         (SIZES, {"noise_multiplier": 8.0, "max_batch_size": 110}),
         (SIZES, {"noise_multiplier": 8.0, "max_batch_size": 110, "adjacency": "replace_one"}),
         (SIZES, {"noise_multiplier": 6.0, "sampling_probability": 0.02, "target_delta": 4e-4}),
@@ -134,6 +144,53 @@ def test_check_catches_rounding_left_out_of_the_sensitivity(monkeypatch: pytest.
     assert is_accounted_for(plan_for(noise_multiplier=4.0))
     monkeypatch.setattr(accounting, "sensitivity_slack", lambda ceiling: 0.0)
     assert not is_accounted_for(plan_for.__wrapped__(noise_multiplier=4.0))
+
+
+@pytest.mark.parametrize(
+    ("added", "price"),
+    [({"loss_scale": 1.0}, "private_loss"), ({"clipping": "adaptive"}, "adaptive_clipping")],
+    ids=str,
+)
+def test_check_catches_an_added_coordinate_accounted_as_free(
+    added: dict[str, Any], price: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"num_units": 2000, "expected_batch_size": 100, "max_steps": 600, "noise_multiplier": 4.0}
+    honest = plan_for(**sizes, **added)
+    assert is_accounted_for(honest)
+    assert list(statistics_prices(honest)) == [price]
+    monkeypatch.setattr(PrivacyPlan, "joint_sensitivity", 1.0)
+    plan_for.cache_clear()
+    free = plan_for(**sizes, **added)
+    monkeypatch.undo()
+    plan_for.cache_clear()
+    assert free.epsilon < honest.epsilon and not is_accounted_for(free)
+    assert honest.epsilon - free.epsilon == pytest.approx(statistics_prices(honest)[price], rel=0.05)
+
+
+@pytest.mark.parametrize("target", [1.0, 3.0, 8.0])
+def test_the_loss_curve_costs_about_one_percent_of_epsilon_and_calibration_pays_for_it(target: float) -> None:
+    sizes = {"num_units": 8530, "expected_batch_size": 512, "max_steps": 85}
+    without, with_loss = (plan_for(**sizes, target_epsilon=target, loss_scale=scale) for scale in (None, 1.4))
+    assert (without.private_loss_weight, with_loss.private_loss_weight) == (0, 0.08)
+    assert statistics_prices(without) == {} and list(statistics_prices(with_loss)) == ["private_loss"]
+    assert 0 < statistics_prices(with_loss)["private_loss"] < 0.01 * target
+    assert with_loss.epsilon <= target and is_accounted_for(with_loss)
+    assert with_loss.noise_multiplier / without.noise_multiplier == pytest.approx(math.hypot(1, 0.08), rel=5e-3)
+
+
+def test_a_loss_is_released_only_where_its_scale_is_known_and_something_protects_it() -> None:
+    def plan(loss_scale: float | None, **arguments: Any) -> PrivacyPlan:
+        return plan_for(max_steps=3, loss_scale=loss_scale, noise_multiplier=4.0, accountant="rdp", **arguments)
+
+    assert (plan(2.0).private_loss_weight, plan(2.0).private_loss_max) == (0.08, 2.0)
+    assert plan(2.0, private_loss_max=5.0).private_loss_max == plan(None, private_loss_max=5.0).private_loss_max == 5.0
+    assert plan(2.0, private_loss_weight=0.2).private_loss_weight == 0.2
+    for nothing in (plan(None), plan(2.0, private_loss_weight=0.0), plan(2.0, target_epsilon=math.inf)):
+        assert (nothing.private_loss_weight, nothing.private_loss_max, nothing.joint_sensitivity) == (0, 0, 1)
+    adaptive = plan(None, clipping="adaptive", clipping_quantile=0.3)
+    assert (adaptive.clipping_quantile, adaptive.clipping_learning_rate, adaptive.clipping_quantile_weight) == (
+        0.3, 0.2, 0.16,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("adjacency", RELATION)

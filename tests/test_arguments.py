@@ -22,6 +22,10 @@ DEFAULTS: dict[str, Any] = {
     "noise_multiplier": None,
     "per_example_max_grad_norm": 1.0,
     "clipping": "flat",
+    "clipping_quantile": None,
+    "clipping_learning_rate": None,
+    "private_loss_weight": 0.08,
+    "private_loss_max": None,
     "expected_batch_size": None,
     "sampling_probability": None,
     "max_batch_size": None,
@@ -56,6 +60,14 @@ WRONG_USES: list[tuple[str, dict[str, Any]]] = [
         for value in (True, "0.1", math.nan, 0.0, -0.1, 1.01, math.inf)
     ),
     *(("clipping", {"clipping": value}) for value in ("Flat", "none", None, 1, True)),
+    *(
+        (name, {"clipping": "adaptive", name: value})
+        for name in ("clipping_quantile", "clipping_learning_rate")
+        for value in (True, "0.5", math.nan, 0.0, -0.1, 11.0, math.inf)
+    ),
+    *((name, {"clipping": "flat", name: 0.5}) for name in ("clipping_quantile", "clipping_learning_rate")),
+    *(("private_loss_weight", {"private_loss_weight": value}) for value in (True, None, "0", math.nan, -0.1, 1.1)),
+    *(("private_loss_max", {"private_loss_max": value}) for value in (True, "1", math.nan, 0.0, -1.0, math.inf)),
     *(("privacy_unit", {"privacy_unit": value}) for value in ("row", None, 1)),
     *(("adjacency", {"adjacency": value}) for value in ("add_remove", None, 2)),
     *(("accountant", {"accountant": value}) for value in ("prv", None, 2)),

@@ -28,20 +28,21 @@ def asked(sigma: float, epsilon: float, accountant: str, folder: Path | None = N
 
 
 @functools.cache
-def step_pld(sigma: float, ceiling: int, slack: float) -> Any:
+def step_pld(sigma: float, ceiling: int, sensitivity: float) -> Any:
     """dp_accounting called directly."""
     from dp_accounting.pld.privacy_loss_distribution import from_truncated_subsampled_gaussian_mechanism
     from dp_accounting.privacy_accountant import NeighboringRelation
 
     return from_truncated_subsampled_gaussian_mechanism(
         dataset_size=N, sampling_probability=EXPECTED / N, truncated_batch_size=ceiling,
-        noise_multiplier=sigma / (1 + slack), neighboring_relation=NeighboringRelation.REPLACE_SPECIAL,
+        noise_multiplier=sigma / sensitivity, neighboring_relation=NeighboringRelation.REPLACE_SPECIAL,
     )  # fmt: skip
 
 
 def epsilon_after(plan: PrivacyPlan, steps: int) -> float:
     if plan.accountant == "pld":
-        pld = step_pld(plan.noise_multiplier, plan.max_batch_size, plan.sensitivity_slack)
+        sensitivity = math.hypot(1, plan.private_loss_weight) * (1 + plan.sensitivity_slack)
+        pld = step_pld(plan.noise_multiplier, plan.max_batch_size, sensitivity)
         return pld.self_compose(steps).get_epsilon_for_delta(DELTA)
     from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
     from dp_accounting.privacy_accountant import NeighboringRelation

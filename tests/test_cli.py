@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -133,10 +134,27 @@ def test_plan_gives_the_numbers_that_training_would_use() -> None:
     result = dpfa(*QUICK_PLAN, "--target-epsilon", "8", "--expected-batch-size", "200", "--json")
     (row,) = json.loads(result.stdout)
     arguments = PrivacyArguments(target_epsilon=8.0, noise_multiplier=1.0, accountant="rdp")
-    expected = make_plan(arguments, num_units=5000, expected_batch_size=200, max_steps=40)
+    expected = make_plan(arguments, num_units=5000, expected_batch_size=200, max_steps=40, loss_scale=2 * math.log(2))
     for name in ("epsilon", "delta", "noise_multiplier", "max_steps", "max_batch_size", "sampling_probability"):
         assert row[name] == getattr(expected, name)
     assert row["noise_per_example"] == 1.0 / 200 and row["refused"] is None and result.exit_code == 0
+
+
+def test_plan_prints_what_loss_curve_and_adaptive_clipping_cost() -> None:
+    arguments = (*QUICK_PLAN, "--target-epsilon", "8", "--expected-batch-size", "200")
+
+    def row(*more: str) -> dict:
+        return json.loads(dpfa(*arguments, *more, "--json").stdout)[0]
+
+    default, neither = row(), row("--private-loss-weight", "0")
+    both = row("--clipping", "adaptive")
+    assert neither["price_private_loss"] is None and neither["price_adaptive_clipping"] is None
+    assert default["epsilon"] - default["price_private_loss"] == pytest.approx(neither["epsilon"], rel=1e-9)
+    assert 0 < default["price_private_loss"] < 0.01 * default["epsilon"]
+    assert 0 < both["price_adaptive_clipping"] < 0.01 * both["epsilon"] and both["epsilon"] > default["epsilon"]
+    printed = dpfa(*arguments).stdout
+    assert f"{default['price_private_loss']:.4f}" in printed and "loss curve" in printed
+    assert dpfa(*arguments, "--clipping", "quantile").exit_code == 2
 
 
 def test_plan_calibrates_within_the_target_by_default() -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from dpfa_hf import DPTrainer, PrivacyArguments
+from dpfa_hf.accounting import make_plan
 from dpfa_hf.batch_selection import LogicalBatches, TruncatedPoissonSampler
 from dpfa_hf.ledger import Ledger
 from dpfa_hf.per_example import gradients, layers, losses, preflight
 from dpfa_hf.per_example.gradients import PerExampleGradients
+from dpfa_hf.statistics import StepStatistics
 
 Row = dict[str, Any]
 
@@ -229,6 +231,126 @@ def aligned_below_c(engine: PerExampleGradients, family: Family, size: int) -> l
 
 
 REGIMES = {"everyone clipped": everyone_clipped, "aligned below C": aligned_below_c}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Clipped sums and the coordinates beside them, as one vector
+
+BETA, S, LARGEST_LOSS = 0.5, 1.0, 0.1  # heavier than the defaults, so that what is wrong shows; every loss is larger
+JOINT = math.sqrt(1 + BETA**2 + (S / 2) ** 2)
+
+
+def statistics_for(family: Family, kind: type[StepStatistics] = StepStatistics) -> StepStatistics:
+    arguments = PrivacyArguments(
+        target_epsilon=400.0, noise_multiplier=1.0, accountant="rdp", clipping="adaptive",
+        private_loss_weight=BETA, private_loss_max=LARGEST_LOSS,
+    )  # fmt: skip
+    plan = make_plan(arguments, num_units=100, expected_batch_size=20, max_steps=1)
+    return kind(replace(plan, clipping=family.clipping, clipping_quantile_weight=S))
+
+
+def within_c(engine: PerExampleGradients, family: Family, size: int) -> list[Row]:
+    """As `aligned_below_c`, with all bits at their largest."""
+    rows = aligned_below_c(engine, family, size)
+    engine.clipping_norm *= 1.02
+    return rows
+
+
+def exactly_c(engine: PerExampleGradients, family: Family, size: int) -> list[Row]:
+    """As `aligned_below_c`, with all norms at C, where a newcomer's padding may tip them."""
+    rows = aligned_below_c(engine, family, size)
+    engine.clipping_norm = float(norm_of(engine, rows[:1])[0])
+    return rows
+
+
+JOINT_REGIMES = {"everyone clipped": everyone_clipped, "aligned within C": within_c, "aligned at C": exactly_c}
+
+
+def worst_joint_move(family: Family, regime: str, kind: type[StepStatistics] = StepStatistics) -> float:
+    """How far a newcomer in the place of nobody moves gradient and statistics together, in units of C."""
+    engine = make_engine(family)
+    bystanders = JOINT_REGIMES[regime](engine, family, 16)
+    engine.statistics = statistics_for(family, kind)
+    newcomers = [*hostile_rows(family).values(), bystanders[0]]
+    return max(max(moves(engine, bystanders, newcomers, micro_batch)) for micro_batch in (1, 32))
+
+
+@pytest.mark.parametrize("regime", JOINT_REGIMES)
+@pytest.mark.parametrize("name", ["bert", "bert per layer", "bert automatic", "gpt2 tied", "lora"])
+def test_no_newcomer_moves_the_joint_vector_further_than_its_sensitivity(name: str, regime: str) -> None:
+    family = FAMILIES[name]
+    assert statistics_for(family)._plan.joint_sensitivity == pytest.approx(JOINT, rel=1e-15)
+    worst = worst_joint_move(family, regime)
+    assert worst <= JOINT * SLACK
+    assert worst > (0.8 if name == "bert per layer" else 1.1), "the test tried nothing"
+
+
+def test_replacing_one_row_moves_the_joint_vector_by_at_most_twice_its_sensitivity() -> None:
+    family = FAMILIES["bert"]
+    engine = make_engine(family)
+    bystanders = everyone_clipped(engine, family, 12)
+    engine.statistics = statistics_for(family)
+    sums = [clipped_sum(engine, [*bystanders, row], 5) for row in hostile_rows(family).values()]
+    assert max(distance(a, b, engine.clipping_norm) for a in sums for b in sums) <= 2 * JOINT * SLACK
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_loss_that_is_not_finite_adds_exactly_zero_though_its_gradient_is_finite(value: float) -> None:
+    family = FAMILIES["bert"]
+    own = losses.per_example_loss(family.build(), "sequence_classification")
+
+    def loss(model: nn.Module, batch: Row) -> torch.Tensor:
+        return own(model, batch) + torch.where(batch["attention_mask"].sum(1) == LENGTH, value, 0.0)
+
+    engine = make_engine(family, loss=loss)
+    bystanders = everyone_clipped(engine, family, 3)
+    engine.statistics = statistics_for(family)
+    assert moves(engine, bystanders, [hostile_rows(family)["very long"]], 1) == [0.0]
+
+
+class Planted(StepStatistics):
+    """The coordinates written out again, with one thing wrong."""
+
+    bits_from, zeroed, clamped = -0.5, True, True
+
+    def add(self, losses: torch.Tensor, norms: torch.Tensor, clipping_norm: float) -> None:
+        values = losses.double().nan_to_num(0.0, 0.0, 0.0) if self.zeroed else losses.double()
+        loss = (values.clamp(0, LARGEST_LOSS) if self.clamped else values) / LARGEST_LOSS
+        bit = (norms.amax(0) <= clipping_norm) + self.bits_from
+        added = clipping_norm * torch.stack([BETA * loss.sum(), S * bit.sum()])
+        self._sums = added if self._sums is None else self._sums + added
+
+
+class LossNotClamped(Planted):
+    clamped = False
+
+
+class BitsNotCentred(Planted):
+    bits_from = 0.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "regime"),
+    [(LossNotClamped, "everyone clipped"), (LossNotClamped, "aligned within C"), (BitsNotCentred, "aligned within C")],
+)
+def test_mutant_in_the_coordinates_is_caught(kind: type[StepStatistics], regime: str) -> None:
+    assert worst_joint_move(FAMILIES["bert"], regime, Planted) <= JOINT * SLACK
+    assert worst_joint_move(FAMILIES["bert"], regime, kind) > JOINT * SLACK
+
+
+def test_mutant_nan_loss_not_zeroed_is_caught() -> None:
+    class NotZeroed(Planted):
+        zeroed = False
+
+    family = FAMILIES["bert"]
+    found = []
+    for kind in (Planted, NotZeroed):
+        engine = make_engine(family)
+        engine.loss = huge_loss(engine.model, math.nan)
+        bystanders = everyone_clipped(engine, family, 3)
+        engine.statistics = statistics_for(family, kind)
+        found.append(max(moves(engine, bystanders, [hostile_rows(family)["very long"]], 1)))
+    assert found[0] <= JOINT * SLACK < found[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

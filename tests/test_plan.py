@@ -18,13 +18,18 @@ FIELDS: dict[str, Any] = {
     "privacy_unit": "example",
     "adjacency": "zero_out",
     "accountant": "pld",
-    "clipping": "flat",
+    "clipping": "adaptive",
     "num_units": 1000,
     "sampling_probability": 0.1,
     "expected_batch_size": 100,
     "max_batch_size": 160,
     "noise_multiplier": 1.5,
     "clipping_norm": 0.5,
+    "clipping_quantile": 0.5,
+    "clipping_learning_rate": 0.2,
+    "clipping_quantile_weight": 0.16,
+    "private_loss_weight": 0.08,
+    "private_loss_max": 1.5,
     "sensitivity_slack": 2.0**-10,
     "max_steps": 50,
     "delta": 1e-4,
@@ -48,6 +53,11 @@ CHANGED: dict[str, Any] = {
     "max_batch_size": 161,
     "noise_multiplier": math.nextafter(1.5, 2),
     "clipping_norm": 0.25,
+    "clipping_quantile": 0.6,
+    "clipping_learning_rate": 0.3,
+    "clipping_quantile_weight": 0.17,
+    "private_loss_weight": 0.0,
+    "private_loss_max": 1.6,
     "sensitivity_slack": 2.0**-11,
     "max_steps": 51,
     "delta": 1e-5,
@@ -122,6 +132,15 @@ def test_a_missing_or_unknown_field_is_refused(name: str) -> None:
         ("noise_multiplier", -1.0),
         ("noise_multiplier", math.inf),
         ("clipping_norm", 0.0),
+        ("clipping_quantile", 0.0),  # under adaptive clipping
+        ("clipping_quantile", 1.0),
+        ("clipping_learning_rate", -0.1),
+        ("clipping_quantile_weight", 0.0),  # under adaptive clipping
+        ("clipping_quantile_weight", 1.1),
+        ("private_loss_weight", -0.1),
+        ("private_loss_weight", 1.1),
+        ("private_loss_max", 0.0),  # with a weight
+        ("private_loss_max", math.inf),
         ("sensitivity_slack", -0.1),
         ("max_steps", 0),
         ("delta", 1e-3),  # 1/n
@@ -145,7 +164,11 @@ def test_a_plan_cannot_be_changed() -> None:
 
 def test_derived_values() -> None:
     assert PLAN.noise_standard_deviation == 1.5 * 0.5
-    assert PLAN.accounted_noise_multiplier == 1.5 / (1 + 2.0**-10)
+    assert PLAN.noise_standard_deviation_at(0.7) == 1.5 * 0.7
+    assert PLAN.joint_sensitivity == pytest.approx(math.hypot(1, 0.08, 0.08), rel=1e-15)
+    assert PLAN.accounted_noise_multiplier == pytest.approx(1.5 / (1 + 2.0**-10) / math.hypot(1, 0.08, 0.08), rel=1e-15)
+    alone = dataclasses.replace(PLAN, clipping="flat", clipping_quantile_weight=0.0, private_loss_weight=0.0)
+    assert alone.joint_sensitivity == 1 and alone.accounted_noise_multiplier == 1.5 / (1 + 2.0**-10)
     assert PLAN.is_private
     assert not dataclasses.replace(PLAN, target_epsilon=math.inf, epsilon=math.inf).is_private
 

@@ -171,6 +171,29 @@ def test_everything_that_p25_lists_is_there(plan: PrivacyPlan, tmp_path: Path) -
     assert not re.search(r"complian|score|gdpr|hipaa", text + written(tmp_path, report).lower())
 
 
+def test_every_coordinate_that_a_step_releases_is_stated_with_its_share(tmp_path: Path) -> None:
+    arguments = PrivacyArguments(target_epsilon=8.0, noise_multiplier=1.0, accountant="rdp", clipping="adaptive")
+    plan = make_plan(arguments, num_units=5000, expected_batch_size=200, max_steps=40, loss_scale=1.5)
+    noise = {"generator": plan.noise_generator, "standard_deviation": 0.25}
+    report = built(plan, clipping_norm=0.25, noise=noise, dataset_spent=None)
+    mechanism = report["mechanism"]
+    assert [each["longest"] for each in mechanism["coordinates"]] == [1.0, 0.08, 0.08]
+    assert "1.5" in mechanism["coordinates"][1]["what"]
+    together = math.sqrt(sum(each["longest"] ** 2 for each in mechanism["coordinates"]))
+    assert mechanism["joint_sensitivity"] == pytest.approx(together, rel=1e-12)
+    assert (mechanism["clipping_norm"], mechanism["clipping_norm_reached"]) == (1.0, 0.25)
+    assert sum("private_loss" in line or "clipping norm" in line for line in report["releases"]["covered"]) == 2
+    card = written(tmp_path, report)
+    assert "norm C = 1 at first" in card and "the loss, clamped to between 0 and 1.5 (at most 0.08 C)" in card
+    assert f"{float(re.findall(r'at most ([0-9.]+) C of one unit', card)[0]):.4g}" == "1.007"
+
+
+def test_without_added_coordinates_none_is_stated(plan: PrivacyPlan) -> None:
+    report = built(plan)
+    assert [each["longest"] for each in report["mechanism"]["coordinates"]] == [1.0]
+    assert not any("private_loss" in line or "clipping norm" in line for line in report["releases"]["covered"])
+
+
 def test_documents_are_stated_with_what_the_operator_vouches_for(plan: PrivacyPlan, tmp_path: Path) -> None:
     report = built(replace(plan, privacy_unit="document"))
     assert report["unit"]["privacy_unit"] == "document" and "only then packed, whole" in report["unit"]["how_built"]

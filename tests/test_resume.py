@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import os
 import random
@@ -96,6 +97,9 @@ def test_epsilon_starts_from_the_ledger_and_not_from_the_checkpoint(tmp_path: Pa
         ("noise_multiplier", 2.0),
         ("per_example_max_grad_norm", 0.5),
         ("clipping", "automatic"),
+        ("clipping", "adaptive"),
+        ("private_loss_weight", 0.1),
+        ("private_loss_max", 3.0),
         ("expected_batch_size", 5),
         ("sampling_probability", 0.1),
         ("target_delta", 2e-3),
@@ -119,6 +123,64 @@ def test_resuming_under_another_data_set_is_refused(before: str | None, after: s
         build(tmp_path, ledger_dataset=after).train(resume_from_checkpoint=True)
     build(tmp_path, ledger_dataset=before).train(resume_from_checkpoint=True)
     assert [run.steps for run in ledger(tmp_path).runs()] == [6]
+
+
+ADAPTIVE: dict[str, Any] = {"clipping": "adaptive"}
+
+
+def clipping_state(folder: Path, step: int) -> Path:
+    return folder / "out" / f"checkpoint-{step}" / "clipping_norm.json"
+
+
+def test_a_resumed_run_goes_on_from_the_norm_that_adaptive_clipping_had_reached(tmp_path: Path) -> None:
+    seen: list[tuple[float, float]] = []
+
+    class Look(tf.TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            seen.append((trainer._engine.clipping_norm, trainer._noise.standard_deviation))
+
+    first = interrupted(tmp_path, 3, **ADAPTIVE)  # the norm after the third step is lost with its checkpoint
+    reached = float.fromhex(json.loads(clipping_state(tmp_path, 2).read_text())["clipping_norm"])
+    assert reached not in (first.privacy_plan.clipping_norm, first._engine.clipping_norm)
+    trainer = build(tmp_path, callbacks=[Look], **ADAPTIVE)
+    trainer.train(resume_from_checkpoint=True)
+    assert seen == [(reached, trainer.privacy_plan.noise_multiplier * reached)]
+    report = trainer.privacy_report()["mechanism"]
+    assert (
+        report["clipping_norm"] == 1.0 and report["clipping_norm_reached"] == trainer._engine.clipping_norm != reached
+    )
+
+
+@pytest.mark.parametrize(
+    "damage", ["missing", "another norm", "of another step", "of another run", "empty", "no number"]
+)
+def test_resuming_without_the_norm_that_was_written_is_refused(damage: str, tmp_path: Path) -> None:
+    interrupted(tmp_path, 3, **ADAPTIVE)
+    state = clipping_state(tmp_path, 2)
+    content = json.loads(state.read_text())
+    if damage == "missing":
+        state.unlink()
+    elif damage == "of another step":
+        state.write_text(clipping_state(tmp_path, 1).read_text())
+    elif damage == "of another run":
+        (tmp_path / "other").mkdir()
+        with pytest.raises(KeyboardInterrupt):
+            build(tmp_path, callbacks=[StopAt(3)], out="other/out", **ADAPTIVE).train()
+        state.write_text(clipping_state(tmp_path / "other", 2).read_text())
+    else:
+        norm = {"another norm": (1e-3).hex(), "empty": None, "no number": "wide"}[damage]
+        state.write_text(json.dumps({**content, "clipping_norm": norm}) if norm else "")
+    with pytest.raises(PrivacyError) as info:
+        build(tmp_path, **ADAPTIVE).train(resume_from_checkpoint=True)
+    assert "clipping_norm.json" in str(info.value) and "\n" not in str(info.value)
+    assert ledger(tmp_path).runs()[0].steps == 3
+
+
+@pytest.mark.parametrize("name", ["clipping_quantile", "clipping_learning_rate"])
+def test_resuming_with_another_rule_for_the_norm_is_refused(name: str, tmp_path: Path) -> None:
+    interrupted(tmp_path, **ADAPTIVE)
+    with pytest.raises(PrivacyError, match=name):
+        build(tmp_path, **ADAPTIVE, **{name: 0.3}).train(resume_from_checkpoint=True)
 
 
 def test_resuming_in_other_units_is_refused(tmp_path: Path) -> None:

@@ -619,7 +619,8 @@ def test_a_trainer_made_model_card_keeps_the_section(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def affordable_plan() -> Any:
     args = PrivacyArguments(target_epsilon=3.0, noise_multiplier=2.0, target_delta=1e-3, accountant="rdp")
-    return dpfa_hf.accounting.make_plan(args, num_units=N, expected_batch_size=8, max_steps=2)
+    sizes = {"num_units": N, "expected_batch_size": 8, "max_steps": 2}
+    return dpfa_hf.accounting.make_plan(args, **sizes, loss_scale=2 * math.log(2))
 
 
 def limited(folder: Path, epsilon: float, name: str = "patients", **kwargs: Any) -> Any:

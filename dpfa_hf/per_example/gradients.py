@@ -9,9 +9,10 @@ contribution come from the same forward pass, so from the same dropout masks (P1
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -28,6 +29,21 @@ AUTOMATIC_CLIPPING_STABILITY = 0.01
 
 Batch = Mapping[str, Any]
 PerExampleLoss = Callable[[nn.Module, Batch], torch.Tensor]
+
+
+class Statistics(Protocol):
+    """Coordinates of a unit's clipped vector beside its gradient; see `dpfa_hf.statistics`."""
+
+    name: str
+
+    def add(self, losses: torch.Tensor, norms: torch.Tensor, clipping_norm: float) -> None:
+        """Adds the examples' coordinates, from losses [B] and the norms that clip, [groups, B]."""
+
+    def take(self, device: torch.device) -> torch.Tensor:
+        """The sums since the last `take`; the next begin at zero."""
+
+    def discard(self) -> None:
+        """Throws away the sums since the last `take`."""
 
 
 @dataclass
@@ -49,6 +65,7 @@ class PerExampleGradients:
         clipping_norm: C, the most that one example may add to the sum, in l2 norm.
         clipping: "flat" (min(1, C / norm)), "automatic" (C / (norm + 0.01); arXiv:2206.07136) or "per_layer" (each of L
             groups clipped to C / sqrt(L)).
+        statistics: coordinates that are summed with the gradients, row for row, and taken with them.
 
     Raises:
         PrivacyError: naming the module, if a trainable parameter is covered by no rule.
@@ -60,11 +77,19 @@ class PerExampleGradients:
         A non-finite example adds exactly zero.
     """
 
-    def __init__(self, model: nn.Module, loss: PerExampleLoss, *, clipping_norm: float, clipping: str = "flat") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: PerExampleLoss,
+        *,
+        clipping_norm: float,
+        clipping: str = "flat",
+        statistics: Statistics | None = None,
+    ) -> None:
         if clipping not in ("flat", "automatic", "per_layer"):
             raise PrivacyError(f"clipping={clipping!r} is unknown; use 'flat', 'automatic' or 'per_layer'")
         self.model, self.loss = model, loss
-        self.clipping_norm, self.clipping = clipping_norm, clipping
+        self.clipping_norm, self.clipping, self.statistics = clipping_norm, clipping, statistics
         self.layouts: dict[str, str] = {}
         self.parameters = {id(p): (name, p) for name, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
@@ -96,11 +121,14 @@ class PerExampleGradients:
         with _exact_matmul():
             uses = self._uses(calls)
             norms = self.norms(uses, len(losses), losses.device)
+            norms.masked_fill_(~torch.isfinite(losses), math.inf)  # such an example adds zero, whatever its gradient
         if self._entangled(norms):
             return torch.cat([self.accumulate(document) for document in packing.split(batch)])
         with _exact_matmul():
             self._refuse_interrupted()
             self._adding = True
+            if self.statistics is not None:
+                self.statistics.add(losses.detach(), norms, self.clipping_norm)
             self._add(uses, norms)
             self._adding = False
         return losses.detach()
@@ -112,6 +140,8 @@ class PerExampleGradients:
     def take(self) -> dict[str, torch.Tensor]:
         """The sums since the last `take`, by parameter name, float32 or float64; the engine starts again at zero.
 
+        Those of the statistics come last, under their own name.
+
         Raises:
             PrivacyError: if an addition was interrupted, for then other examples' shares may be missing.
         """
@@ -120,11 +150,16 @@ class PerExampleGradients:
             if name not in self._sums:
                 self._sums[name] = torch.zeros_like(parameter, dtype=layers.compute_dtype(parameter))
         sums, self._sums = self._sums, {}
-        return {name: sums[name] for name, _ in self.parameters.values()}
+        taken = {name: sums[name] for name, _ in self.parameters.values()}
+        if self.statistics is not None:
+            taken[self.statistics.name] = self.statistics.take(next(iter(taken.values())).device)
+        return taken
 
     def discard(self) -> None:
         """Throw away the sums since the last `take`, whole or interrupted."""
         self._sums, self._adding = {}, False
+        if self.statistics is not None:
+            self.statistics.discard()
 
     def _refuse_interrupted(self) -> None:
         if self._adding:
