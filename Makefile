@@ -3,7 +3,8 @@
 # make lint             ruff and mypy
 # make tables           run the tests of families and features, and write README's tables from their results
 # make compile-all      compile every kernel of the tile tables ahead of time, into benchmarks/results/
-# make bench            measurements of training, into benchmarks/results/
+# make bench            time and memory of training steps beside peers, into benchmarks/results/ and the README
+# make bench-accuracy   five runs of the demo, into benchmarks/results/
 # make bench-attention  measurements of attention, into benchmarks/results/
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ SDIST_SHA256 := 19d647a4d5d903a7c644ca5cde2d86efc3dde7d8c687ae7988806ff2205efa71
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-lm test lint bench bench-attention compile-all tables clean
+.PHONY: demo demo-lm test lint bench bench-accuracy bench-attention compile-all tables clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -59,8 +60,10 @@ lint: $(VENV)/.test
 	$(BIN)/python -m mypy
 
 bench: $(VENV)/.test
+	$(BIN)/python benchmarks/training.py
+
+bench-accuracy: $(VENV)/.test
 	$(BIN)/python benchmarks/sentiment.py
-	$(BIN)/python benchmarks/step.py
 
 bench-attention: $(VENV)/.test
 	$(BIN)/python benchmarks/attention.py

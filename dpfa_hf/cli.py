@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from dpfa_hf.ledger import Ledger, RunRecord
+    from dpfa_hf.memory_plan import Request
     from dpfa_hf.plan import PrivacyPlan
 
 _PIPE_WIDTH = 160
@@ -105,9 +106,9 @@ def _options(
 @app.command()
 def plan(
     num_units: Annotated[
-        int,
+        int | None,
         typer.Option("--num-units", "-n", min=1, help="Privacy units in the data set: its rows, before any filter."),
-    ],
+    ] = None,
     target_epsilon: Annotated[
         list[float] | None,
         typer.Option(
@@ -146,15 +147,52 @@ def plan(
         float, typer.Option(help="Weight of the private loss curve, which has a price; 0 for none.")
     ] = 0.08,
     accountant: Annotated[str, typer.Option(callback=_one_of("pld", "rdp"), help="pld (tight), or rdp.")] = "pld",
+    measure: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Instead, find how many rows of this model fit into memory."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="With --measure: tokens in every row.")] = 128,
+    task: Annotated[
+        str, typer.Option(callback=_one_of("auto", *_AUTO_CLASSES), help="With --measure: as for dpfa check.")
+    ] = "auto",
+    lora: Annotated[int | None, typer.Option(min=1, help="With --measure: as for dpfa check.")] = None,
+    attn_implementation: Annotated[str, typer.Option(help="With --measure: as for dpfa check.")] = "dp_flash",
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="With --measure: compute activations twice, store fewer.")
+    ] = False,
+    memory_limit: Annotated[
+        float | None, typer.Option(help="With --measure: GiB at most. Default: nine tenths of what is free.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What does epsilon 3 cost on a data set of this size?
+    """What does epsilon 3 cost on a data set of this size? Or, with --measure, how many rows fit into memory?
 
     Every row is one plan, made by the code that training uses: the noise multiplier sigma that the target needs, and
     the noise that an average gradient then carries. Nothing is read but the numbers you give.
 
+    --measure runs private steps on invented rows in processes of their own, with more and more rows, until memory or
+    the gain in speed ends; one that runs out of memory harms nothing. MODEL needs no weights.
+
     Example: dpfa plan --num-units 8530 --target-epsilon 3 --expected-batch-size 512 --epochs 10
+
+    Example: dpfa plan --measure ./my-model --tokens 256 --lora 16
     """
+    if (measure is None) == (num_units is None):
+        raise typer.BadParameter("give --num-units, or a model to --measure")
+    if measure is not None:
+        from dpfa_hf.memory_plan import Request
+
+        request = Request(
+            measure,
+            tokens,
+            task=task,
+            lora=lora,
+            attn_implementation=attn_implementation,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+        _print_memory_plan(request, memory_limit, as_json)
+        return
+    assert num_units is not None
     if epochs is not None and max_steps is not None:
         raise typer.BadParameter("give --epochs or --max-steps, not both")
     if epochs is not None and not 0 < epochs < math.inf:
@@ -187,6 +225,40 @@ def plan(
         _print_plans(rows)
     if all(row["refused"] for row in rows):
         raise typer.Exit(1)
+
+
+def _print_memory_plan(request: Request, limit_gib: float | None, as_json: bool) -> None:
+    from dpfa_hf import memory_plan
+
+    limit = None if limit_gib is None else int(limit_gib * 2**30)
+    with Console(stderr=True).status("Measuring"):
+        found = memory_plan.measure(request, limit_bytes=limit)
+    gib = f"{found.limit_bytes / 2**30:.1f} GiB"
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        rows = [
+            (
+                each.micro_batch_size,
+                "" if each.peak_bytes is None else f"{each.peak_bytes / 2**30:.2f} GiB",
+                "" if each.rows_per_second is None else f"{each.rows_per_second:.3g}",
+                each.outcome,
+            )
+            for each in found.measurements
+        ]
+        _print_table(
+            (f"rows of {request.tokens} tokens", f"peak on {request.device}", "rows per second", f"of {gib}"), rows
+        )
+    if found.recommended is None:
+        raise PrivacyError(
+            f"not even one row of {request.tokens} tokens fits into {gib}: use fewer tokens, --lora or "
+            "--gradient-checkpointing, or a larger machine"
+        )
+    if not as_json:
+        typer.echo(
+            f"Use per_device_train_batch_size={found.recommended}: more rows are not faster, or do not fit. It changes "
+            "memory and speed\nand nothing else, as long as expected_batch_size is set."
+        )
 
 
 def _planned(arguments: PrivacyArguments, num_units: int, batch: int, steps: int) -> dict[str, Any]:
