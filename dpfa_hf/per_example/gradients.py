@@ -66,6 +66,7 @@ class PerExampleGradients:
         clipping: "flat" (min(1, C / norm)), "automatic" (C / (norm + 0.01); arXiv:2206.07136) or "per_layer" (each of L
             groups clipped to C / sqrt(L)).
         statistics: coordinates that are summed with the gradients, row for row, and taken with them.
+        exact_sums: take norms and sums in float64, so that `summation_error` bounds their rounding in the worst case.
 
     Raises:
         PrivacyError: naming the module, if a trainable parameter is covered by no rule.
@@ -85,11 +86,13 @@ class PerExampleGradients:
         clipping_norm: float,
         clipping: str = "flat",
         statistics: Statistics | None = None,
+        exact_sums: bool = False,
     ) -> None:
         if clipping not in ("flat", "automatic", "per_layer"):
             raise PrivacyError(f"clipping={clipping!r} is unknown; use 'flat', 'automatic' or 'per_layer'")
         self.model, self.loss = model, loss
-        self.clipping_norm, self.clipping, self.statistics = clipping_norm, clipping, statistics
+        self.clipping_norm, self.clipping = clipping_norm, clipping
+        self.statistics, self.exact_sums = statistics, exact_sums
         self.layouts: dict[str, str] = {}
         self.parameters = {id(p): (name, p) for name, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
@@ -148,7 +151,7 @@ class PerExampleGradients:
         self._refuse_interrupted()
         for name, parameter in self.parameters.values():
             if name not in self._sums:
-                self._sums[name] = torch.zeros_like(parameter, dtype=layers.compute_dtype(parameter))
+                self._sums[name] = self._zeros(parameter)
         sums, self._sums = self._sums, {}
         taken = {name: sums[name] for name, _ in self.parameters.values()}
         if self.statistics is not None:
@@ -305,6 +308,8 @@ class PerExampleGradients:
         squared = torch.zeros(shape, dtype=torch.float64, device=device)
         mass_squared = torch.zeros(shape, dtype=torch.float64, device=device)
         for name, parts in uses.items():
+            if self.exact_sums:
+                parts = [part.double() for part in parts]
             squared[groups[name]] += layers.combined_squared_norm(parts)
             mass = sum((part.mass for part in parts[1:]), parts[0].mass)
             mass_squared[groups[name]] += mass.square()
@@ -334,16 +339,48 @@ class PerExampleGradients:
             name, parts = uses.popitem()
             parameter = self._parameter(name)
             if name not in self._sums:
-                self._sums[name] = torch.zeros_like(parameter, dtype=layers.compute_dtype(parameter))
+                self._sums[name] = self._zeros(parameter)
             total = self._sums[name]
             for part in parts:
                 if not all_finite:
                     part = part.zero_rows(keep)
+                if self.exact_sums:
+                    part = part.double()
                 view = total.view(total.shape[0], -1) if isinstance(part, layers.Outer) else total
                 part.add_weighted_sum(weights[groups[name]], view)
 
+    def _zeros(self, parameter: nn.Parameter) -> torch.Tensor:
+        dtype = torch.float64 if self.exact_sums else layers.compute_dtype(parameter)
+        return torch.zeros_like(parameter, dtype=dtype)
+
     def _parameter(self, name: str) -> nn.Parameter:
         return self.model.get_parameter(name)
+
+
+def summation_error(clipping_norm: float, *, examples: int, terms: int) -> float:
+    """The most by which a sum taken with `exact_sums` can be off, in l2 norm over the whole trainable vector.
+
+    Args:
+        clipping_norm: C.
+        examples: the most examples that may have been added up, B.
+        terms: the most addends of one coordinate: tokens of all those examples, times the uses of a tied weight.
+
+    Guarantee:
+        |computed - exact| <= returned, where exact is the sum of coefficient_i gradient_i in real arithmetic, with the
+        coefficients as computed and gradient_i the sum of left_t^T right_t (or of looked-up rows) over the captured
+        values. The worst case, whatever the values and in whatever order BLAS adds.
+
+    Proof: a coordinate is a sum of n = `terms` products of three numbers, each rounded at most n + 2 times, so it is
+    off by at most g = (n + 2) u / (1 - (n + 2) u) times the sum of their sizes, u = 2**-53 (Higham 2002, section 3.1).
+    For one example and one parameter the sizes, as a matrix, are a sum of |left_t|^T |right_t| and have at most the
+    mass for their norm; over the parameters, at most the root of the squared masses, m_i. A coefficient is at most
+    C / (m_i / MAX_CANCELLATION), in each of G groups C / sqrt(G) in place of C, so coefficient_i m_i <= 256 C over all
+    groups; and the norm of a sum over examples is at most the sum of norms: 256 C B g. The masses themselves are off by
+    a part far below 2**-20, which is added, as is what underflow can lose.
+    """
+    if (share := (terms + 2) * 2.0**-53) >= 0.5 or terms < 1 or examples < 1:
+        raise PrivacyError(f"terms={terms} and examples={examples} must be at least 1, and terms less than 2**51")
+    return MAX_CANCELLATION * clipping_norm * examples * share / (1 - share) * (1 + 2.0**-20) + 2.0**-900
 
 
 class _Detach:

@@ -14,7 +14,7 @@ Add a layer type with one function::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -25,8 +25,18 @@ from torch.func import functional_call, vjp, vmap
 from dpfa_hf.errors import PrivacyError
 from dpfa_hf.per_example.packing import Segments
 
-# Elements of the largest temporary that a norm may need: 16 MB in float32, whatever the layer's or batch's size.
-_MAX_TEMPORARY = 2**22
+# Elements of the largest temporary of a norm: 4 MB in float32, which a CPU's cache holds and its allocator gives again.
+_MAX_TEMPORARY = 2**20
+# Terms that one float32 product adds up; longer sums are made of several, because their error grows with their length.
+_MAX_TERMS = 256
+# Tokens that one product of the Gram form has on its left, so that little more than a triangle is computed.
+_GRAM_ROWS = 128
+# An example whose Gram matrices are less certain than this part of its squared norm is computed again in float64.
+_TOLERATED_ERROR = 2.0**-8
+# A matrix so many times as tall as wide is summed as its transpose: BLAS is several times faster so (LoRA's B).
+_NARROW = 16
+# Below this nothing is computed again: such a norm is zero beside any clipping norm.
+_NEGLIGIBLE = 1e-24
 
 
 def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
@@ -34,76 +44,259 @@ def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def _rounding(terms: float, dtype: torch.dtype) -> float:
+    """n u / (1 - n u): the error of a sum of n products, relative to the sum of their sizes, in whatever order it was
+    taken (Higham 2002, Accuracy and Stability of Numerical Algorithms, section 3.1)."""
+    share = terms * torch.finfo(dtype).eps / 2
+    return share / (1 - share) if share < 0.5 else float("inf")
+
+
+def sum_positions(rows: torch.Tensor, segments: Segments | None = None) -> torch.Tensor:
+    """[B, T, features] -> [B, features] float64, or from packed tokens [N, features]."""
+    if rows.device.type == "cpu":
+        return _sum_examples(_examples(rows, segments), rows)
+    if segments is None:
+        return rows.sum(1, dtype=torch.float64)
+    total = torch.zeros(segments.count, rows.shape[1], dtype=torch.float64, device=rows.device)
+    return total.index_add_(0, segments.owner, rows.double())
+
+
+def _examples(rows: torch.Tensor, segments: Segments | None) -> Sequence[torch.Tensor]:
+    """Views [T, features] of the examples."""
+    return rows.unbind() if segments is None else segments.slices(rows)
+
+
+def _sum_examples(examples: Iterable[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """[B, features] float64, the sums of [T, features] each; one small float64 buffer serves them all."""
+    features = like.shape[-1]
+    buffer = like.new_empty(max(1, _MAX_TEMPORARY // 8 // max(features, 1)), features, dtype=torch.float64)
+    totals = []
+    for example in examples:
+        total = buffer.new_zeros(features)
+        for part in example.split(len(buffer)):
+            total += buffer[: len(part)].copy_(part).sum(0)
+        totals.append(total)
+    return torch.stack(totals)
+
+
 @dataclass
 class Outer:
     """Per-example gradients of a matrix as sums of outer products: gradient_i = left_i^T right_i.
 
     Args:
-        left: [B, T, rows], float of any precision.
-        right: [B, T, columns], float of any precision.
+        left: [B, T, rows], float of any precision; or the tokens of packed examples, [N, rows].
+        right: [B, T, columns], or [N, columns].
+        segments: where the examples lie among the tokens, if they are packed.
     """
 
     left: torch.Tensor
     right: torch.Tensor
+    segments: Segments | None = None
 
     @cached_property
     def mass(self) -> torch.Tensor:
         """[B] float64, sum over t of |left_t| |right_t|: what rounding errors of the sum are proportional to."""
         dtype = compute_dtype(self.left)
-        row = torch.linalg.vector_norm(self.left, dim=2, dtype=dtype)
-        column = torch.linalg.vector_norm(self.right, dim=2, dtype=dtype)
-        return (row * column).sum(1, dtype=torch.float64)
+        row = torch.linalg.vector_norm(self.left, dim=-1, dtype=dtype)
+        column = torch.linalg.vector_norm(self.right, dim=-1, dtype=dtype)
+        return _add_positions(row * column, self.segments)
 
     def squared_norm(self) -> torch.Tensor:
-        """[B] float64: through the T x T Gram matrices or through tiles of the gradient, whichever costs less."""
-        length, rows, columns = self.left.shape[1], self.left.shape[2], self.right.shape[2]
-        if 2 * length * (rows + columns) < rows * columns:
-            return self.gram_squared_norm()
-        return self._tiled_squared_norm()
+        """[B] float64: through the T x T Gram matrices or through tiles of the gradient, whichever costs less.
 
-    def gram_squared_norm(self) -> torch.Tensor:
-        """[B] float64. In float64 throughout, because the Gram form cancels: in float32 it could fall below zero."""
-        batch, length, _ = self.left.shape
-        out = self.left.new_empty(batch, dtype=torch.float64)
-        step = max(1, _MAX_TEMPORARY // max(length * max(length, self.left.shape[2], self.right.shape[2]), 1))
-        for start in range(0, batch, step):
-            left, right = self.left[start : start + step].double(), self.right[start : start + step].double()
-            gram = torch.bmm(left, left.transpose(1, 2)).mul_(torch.bmm(right, right.transpose(1, 2)))
-            out[start : start + step] = gram.sum((1, 2)).clamp_min_(0)
-        return out
-
-    def _tiled_squared_norm(self) -> torch.Tensor:
-        batch, _, rows = self.left.shape
-        columns, dtype = self.right.shape[2], compute_dtype(self.left)
-        out = self.left.new_zeros(batch, dtype=torch.float64)
-        examples = max(1, _MAX_TEMPORARY // max(rows * columns, 1))
-        tile = rows if examples > 1 else max(1, min(rows, _MAX_TEMPORARY // max(columns, 1)))
-        for start in range(0, batch, examples):
-            left = self.left[start : start + examples].to(dtype).transpose(1, 2)
-            right = self.right[start : start + examples].to(dtype)
-            for row in range(0, rows, tile):
-                gradient = torch.bmm(left[:, row : row + tile], right)
-                out[start : start + examples] += gradient.square_().sum((1, 2), dtype=torch.float64)
+        Guarantee:
+            Never below the squared norm of what `left` and `right` hold by more than float64's rounding: the worst
+            error of the products is added to what they give (P14).
+        """
+        rows, columns = self.left.shape[-1], self.right.shape[-1]
+        # On a GPU the answer whether float32 was good enough would have to be waited for.
+        dtype = compute_dtype(self.left) if self.left.device.type == "cpu" else torch.float64
+        price = 1 if dtype == compute_dtype(self.left) else 2
+        out = self.left.new_empty(self._count, dtype=torch.float64)
+        for examples, left, right in self._blocks():
+            length = left.shape[1]
+            if price * _gram_tokens(length) * (rows + columns) < rows * columns:
+                out[examples] = _gram_squared_norm(left, right, dtype)
+            else:
+                out[examples] = _tiled_squared_norm(left, right, self.mass[examples])
         return out
 
     def add_weighted_sum(self, weights: torch.Tensor, out: torch.Tensor) -> None:
         """out += sum_i weights_i gradient_i; weights [B], out [rows, columns] float32 or float64."""
-        left, right = self.left.to(out.dtype), self.right.to(out.dtype)
-        scale = weights.to(out.dtype)[:, None, None]
-        if left.shape[2] < right.shape[2]:
+        scale = _token_weights(weights, self.left, self.segments).to(out.dtype)
+        left, right = self.left.flatten(0, -2).to(out.dtype), self.right.flatten(0, -2).to(out.dtype)
+        if left.shape[1] < right.shape[1]:
             left = left * scale
         else:
             right = right * scale
-        out.addmm_(left.flatten(0, 1).t(), right.flatten(0, 1))
+        if left.shape[1] > _NARROW * right.shape[1]:
+            out.add_((right.t() @ left).t())
+        else:
+            out.addmm_(left.t(), right)
 
     def zero_rows(self, keep: torch.Tensor) -> Outer:
         """The same with examples outside `keep` ([B] bool) set to zero, so that 0 * inf cannot make NaN (P15)."""
-        drop = ~keep[:, None, None]
-        return Outer(self.left.masked_fill(drop, 0), self.right.masked_fill(drop, 0))
+        drop = ~_by_token(keep, self.left, self.segments)
+        return Outer(self.left.masked_fill(drop, 0), self.right.masked_fill(drop, 0), self.segments)
+
+    def double(self) -> Outer:
+        """The same in float64, so that norms and sums are taken in it."""
+        return Outer(self.left.double(), self.right.double(), self.segments)
+
+    def padded(self) -> Outer:
+        """The same with every example in a row of its own, [B, longest, ...]."""
+        if self.segments is None:
+            return self
+        return Outer(self.segments.unpack(self.left, 0), self.segments.unpack(self.right, 0))
 
     def example(self, i: int) -> torch.Tensor:
         """[rows, columns] float64, the gradient of example i."""
-        return self.left[i].double().t() @ self.right[i].double()
+        left, right = self.tokens(i)
+        return left.double().t() @ right.double()
+
+    def tokens(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """left and right of example i, [T, rows] and [T, columns]."""
+        if self.segments is None:
+            return self.left[i], self.right[i]
+        return self.segments.slices(self.left)[i], self.segments.slices(self.right)[i]
+
+    @property
+    def _count(self) -> int:
+        return len(self.left) if self.segments is None else self.segments.count
+
+    def _blocks(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """Views [b, t, ...] of as many examples as fit into the largest temporary; of packed ones, one each."""
+        if self.segments is not None:
+            pairs = zip(self.segments.slices(self.left), self.segments.slices(self.right), strict=True)
+            for i, (left, right) in enumerate(pairs):
+                yield slice(i, i + 1), left[None], right[None]
+            return
+        batch, length, rows = self.left.shape
+        step = max(1, _MAX_TEMPORARY // max(length * max(length, rows, self.right.shape[2]), 1))
+        for start in range(0, batch, step):
+            block = slice(start, start + step)
+            yield block, self.left[block], self.right[block]
+
+
+def _gram_tokens(length: int) -> float:
+    """Columns of the part of a Gram matrix that is computed, per row."""
+    return (length + min(length, _GRAM_ROWS)) / 2
+
+
+def _gram_squared_norm(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[B] float64: the squared norm plus the error that it may have; in float64 where that would be too much."""
+    if dtype == torch.float64:
+        return _gram_in_float64(left, right)
+    value, error = _gram(left.to(dtype), right.to(dtype))
+    doubtful = ~(torch.isfinite(value) & (error <= _TOLERATED_ERROR * value + _NEGLIGIBLE))
+    out = value.clamp_min_(0) + error
+    if bool(doubtful.any()):
+        out[doubtful] = _gram_in_float64(left[doubtful], right[doubtful])
+    return out
+
+
+def _gram_in_float64(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    value, error = _gram(left.double(), right.double())
+    return value.clamp_min_(0) + error
+
+
+def _gram(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B] float64 each: sum over s, t of (left_s . left_t) (right_s . right_t), and a bound on its error.
+
+    With a, b the two inner products as computed and n, m their relative errors, the product is off by at most
+    n |left_s| |left_t| |b| + m |right_s| |right_t| |a| + n m |left_s| |left_t| |right_s| |right_t| (Cauchy-Schwarz) and
+    by its own rounding. That is far below the bound in the mass alone where different tokens are far from parallel.
+    """
+    length, dtype = left.shape[1], left.dtype
+    left_norm = torch.linalg.vector_norm(left, dim=2)
+    right_norm = torch.linalg.vector_norm(right, dim=2)
+    # One more for the product of the two, and the norms and sums below, of positive terms, are right to 1 part in 8.
+    left_rounding, right_rounding = (1.125 * _rounding(_gram_depth(side.shape[2]), dtype) for side in (left, right))
+    value = left.new_zeros(len(left), dtype=torch.float64)
+    error = torch.zeros_like(value)
+    for start in range(0, length, _GRAM_ROWS):
+        end = min(start + _GRAM_ROWS, length)
+        a, b = _products(left, start, end), _products(right, start, end)
+        twice = torch.full((end,), 2.0, dtype=dtype, device=left.device)
+        twice[start:] = 1.0
+        value += ((a * b).sum(1, dtype=torch.float64) * twice).sum(1)
+        a_mass = _bilinear(right_norm[:, start:end], a.abs_(), right_norm[:, :end] * twice)
+        b_mass = _bilinear(left_norm[:, start:end], b.abs_(), left_norm[:, :end] * twice)
+        error += left_rounding * b_mass + right_rounding * a_mass
+    mass = (left_norm * right_norm).sum(1, dtype=torch.float64)
+    error += left_rounding * right_rounding * mass.square()
+    # Products too small for a normal number are lost whole.
+    lost = torch.finfo(dtype).tiny * length**2 * (left.shape[2] + right.shape[2] + 1)
+    largest = (left_norm.amax(1).double().square() + right_norm.amax(1).double().square()).nan_to_num()
+    return value, error + lost * (1 + largest)
+
+
+def _gram_depth(width: int) -> float:
+    """Roundings that a term of an inner product goes through, and one for the product of two of them."""
+    return min(width, _MAX_TERMS) + -(-width // _MAX_TERMS) + 1
+
+
+def _products(rows: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    """[B, end - start, end]: inner products of rows start..end with all rows up to end."""
+    some, others = rows[:, start:end], rows[:, :end].transpose(1, 2)
+    out = torch.bmm(some[..., :_MAX_TERMS], others[:, :_MAX_TERMS])
+    for k in range(_MAX_TERMS, rows.shape[2], _MAX_TERMS):
+        out.baddbmm_(some[..., k : k + _MAX_TERMS], others[:, k : k + _MAX_TERMS])
+    return out
+
+
+def _bilinear(rows: torch.Tensor, matrix: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """[B] float64: rows_i^T matrix_i columns_i."""
+    return (torch.bmm(rows[:, None], matrix).squeeze(1) * columns).sum(1, dtype=torch.float64)
+
+
+def _tiled_squared_norm(left: torch.Tensor, right: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
+    """[B] float64: the square of the norm that tiles of the gradient have, plus the error that it may have."""
+    if left.shape[2] > right.shape[2]:
+        # The transpose has the same norm, and BLAS is several times faster with the narrow side first.
+        left, right = right, left
+    batch, length, rows = left.shape
+    columns, dtype = right.shape[2], compute_dtype(left)
+    out = left.new_zeros(batch, dtype=torch.float64)
+    examples = max(1, min(batch, _MAX_TEMPORARY // max(rows * columns, 1)))
+    tile = max(1, min(rows, _MAX_TEMPORARY // max(columns, 1)))
+    buffer = left.new_empty(examples, tile, columns, dtype=dtype)
+    for first in range(0, batch, examples):
+        one, other = left[first : first + examples].to(dtype), right[first : first + examples].to(dtype)
+        for row in range(0, rows, tile):
+            part = one[:, :, row : row + tile].transpose(1, 2)
+            gradient = buffer[: len(part), : part.shape[1]]
+            torch.bmm(part[..., :_MAX_TERMS], other[:, :_MAX_TERMS], out=gradient)
+            for t in range(_MAX_TERMS, length, _MAX_TERMS):
+                gradient.baddbmm_(part[..., t : t + _MAX_TERMS], other[:, t : t + _MAX_TERMS])
+            norms = torch.linalg.vector_norm(gradient, dim=2)
+            out[first : first + examples] += norms.double().square_().sum(1)
+    depth = min(length, _MAX_TERMS) + -(-length // _MAX_TERMS)
+    # Squares too small for a normal number are lost whole.
+    lost = (rows * columns * torch.finfo(dtype).tiny) ** 0.5
+    norm = out.sqrt_() * (1 + _rounding(columns / 2 + 2, dtype)) + 1.125 * _rounding(depth, dtype) * mass + lost
+    return norm.square_()
+
+
+def _add_positions(values: torch.Tensor, segments: Segments | None) -> torch.Tensor:
+    """[B, T], or [N] of packed examples, -> [B] float64."""
+    if segments is None:
+        return values.sum(1, dtype=torch.float64)
+    total = torch.zeros(segments.count, dtype=torch.float64, device=values.device)
+    return total.index_add_(0, segments.owner, values.double())
+
+
+def _by_token(values: torch.Tensor, tokens: torch.Tensor, segments: Segments | None) -> torch.Tensor:
+    """[B] -> [B, 1, 1], or [N, 1] of packed examples: one value for each of the tokens' examples."""
+    return values[:, None, None] if segments is None else values[segments.owner][:, None]
+
+
+def _token_weights(weights: torch.Tensor, tokens: torch.Tensor, segments: Segments | None) -> torch.Tensor:
+    """[B] -> [tokens, 1]."""
+    if segments is None:
+        weights = weights[:, None].expand(tokens.shape[:2]).flatten()
+        return weights[:, None]
+    return weights[segments.owner][:, None]
 
 
 @dataclass
@@ -111,41 +304,70 @@ class Lookup:
     """Per-example gradients of a table of which rows were read: gradient_i[v] = sum of grad_t over t with index_t = v.
 
     Args:
-        index: [B, T] int64.
-        grad: [B, T, columns], float of any precision.
+        index: [B, T] int64; or that of packed examples, [N].
+        grad: [B, T, columns], float of any precision; or [N, columns].
         num_rows: rows of the table.
+        segments: where the examples lie among the tokens, if they are packed.
     """
 
     index: torch.Tensor
     grad: torch.Tensor
     num_rows: int
+    segments: Segments | None = None
 
     @cached_property
     def mass(self) -> torch.Tensor:
         """[B] float64, sum over t of |grad_t|."""
-        return torch.linalg.vector_norm(self.grad, dim=2, dtype=compute_dtype(self.grad)).sum(1, dtype=torch.float64)
+        norms = torch.linalg.vector_norm(self.grad, dim=-1, dtype=compute_dtype(self.grad))
+        return _add_positions(norms, self.segments)
 
     def squared_norm(self) -> torch.Tensor:
-        """[B] float64; repeated indices of an example are added up before squaring."""
-        batch, length, columns = self.grad.shape
-        example = torch.arange(batch, device=self.index.device)[:, None]
-        key, slot = torch.unique(example * self.num_rows + self.index, return_inverse=True)
-        summed = torch.zeros(len(key), columns, dtype=torch.float64, device=self.grad.device)
-        summed.index_add_(0, slot.flatten(), self.grad.reshape(batch * length, columns).double())
-        out = torch.zeros(batch, dtype=torch.float64, device=self.grad.device)
-        return out.index_add_(0, key // self.num_rows, summed.square_().sum(1))
+        """[B] float64; repeated indices of an example are added up, in float64, before squaring."""
+        device, columns = self.grad.device, self.grad.shape[-1]
+        if self.segments is None:
+            count = len(self.grad)
+            example = torch.arange(count, device=device)[:, None].expand(self.index.shape).flatten()
+        else:
+            count, example = self.segments.count, self.segments.owner
+        key, slot = torch.unique(example * self.num_rows + self.index.flatten(), return_inverse=True)
+        squared = torch.zeros(len(key), dtype=torch.float64, device=device)
+        grad = self.grad.reshape(-1, columns)
+        step = max(1, _MAX_TEMPORARY // 2 // max(len(key), 1))
+        for start in range(0, columns, step):
+            part = grad[:, start : start + step].double()
+            summed = torch.zeros(len(key), part.shape[1], dtype=torch.float64, device=device)
+            squared += summed.index_add_(0, slot, part).square_().sum(1)
+        out = torch.zeros(count, dtype=torch.float64, device=device)
+        return out.index_add_(0, key // self.num_rows, squared)
 
     def add_weighted_sum(self, weights: torch.Tensor, out: torch.Tensor) -> None:
         """out[index] += weights_i grad; weights [B], out [num_rows, columns]."""
-        grad = self.grad.to(out.dtype) * weights.to(out.dtype)[:, None, None]
-        out.index_add_(0, self.index.flatten(), grad.flatten(0, 1))
+        grad = self.grad.flatten(0, -2).to(out.dtype) * _token_weights(weights, self.grad, self.segments).to(out.dtype)
+        out.index_add_(0, self.index.flatten(), grad)
 
     def zero_rows(self, keep: torch.Tensor) -> Lookup:
-        return Lookup(self.index, self.grad.masked_fill(~keep[:, None, None], 0), self.num_rows)
+        drop = ~_by_token(keep, self.grad, self.segments)
+        return Lookup(self.index, self.grad.masked_fill(drop, 0), self.num_rows, self.segments)
+
+    def double(self) -> Lookup:
+        return Lookup(self.index, self.grad.double(), self.num_rows, self.segments)
+
+    def padded(self) -> Lookup:
+        """The same with every example in a row of its own, [B, longest, ...]."""
+        if self.segments is None:
+            return self
+        return Lookup(self.segments.unpack(self.index, 0), self.segments.unpack(self.grad, 0), self.num_rows)
 
     def example(self, i: int) -> torch.Tensor:
-        out = torch.zeros(self.num_rows, self.grad.shape[2], dtype=torch.float64, device=self.grad.device)
-        return out.index_add_(0, self.index[i], self.grad[i].double())
+        out = torch.zeros(self.num_rows, self.grad.shape[-1], dtype=torch.float64, device=self.grad.device)
+        index, grad = self.tokens(i)
+        return out.index_add_(0, index, grad.double())
+
+    def tokens(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """index and grad of example i, [T] and [T, columns]."""
+        if self.segments is None:
+            return self.index[i], self.grad[i]
+        return self.segments.slices(self.index)[i], self.segments.slices(self.grad)[i]
 
 
 @dataclass
@@ -173,6 +395,9 @@ class Dense:
     def zero_rows(self, keep: torch.Tensor) -> Dense:
         return Dense(self.grads.flatten(1).masked_fill(~keep[:, None], 0).view_as(self.grads))
 
+    def double(self) -> Dense:
+        return Dense(self.grads.double())
+
     def example(self, i: int) -> torch.Tensor:
         return self.grads[i].double()
 
@@ -193,7 +418,7 @@ def combined_squared_norm(uses: Sequence[PerExampleGradient]) -> torch.Tensor:
     lookup = [use for use in uses if isinstance(use, Lookup)]
     if len(outer) == len(lookup) == 1 and len(uses) == 2:
         cross = _outer_lookup_product(outer[0], lookup[0])
-        return (outer[0].gram_squared_norm() + lookup[0].squared_norm() + 2 * cross).clamp_min_(0)
+        return (outer[0].squared_norm() + lookup[0].squared_norm() + 2 * cross).clamp_min_(0)
     examples = range(uses[0].mass.shape[0])
     return torch.stack([sum((use.example(i) for use in uses[1:]), uses[0].example(i)).square().sum() for i in examples])
 
@@ -203,27 +428,26 @@ def merge_uses(uses: Sequence[PerExampleGradient]) -> list[PerExampleGradient]:
     outer = [use for use in uses if isinstance(use, Outer)]
     lookup = [use for use in uses if isinstance(use, Lookup)]
     dense = [use for use in uses if isinstance(use, Dense)]
-    merged: list[PerExampleGradient] = []
-    if outer:
-        single = len(outer) == 1
-        left = outer[0].left if single else torch.cat([use.left for use in outer], 1)
-        merged.append(outer[0] if single else Outer(left, torch.cat([use.right for use in outer], 1)))
-    if lookup:
+    if len(outer) > 1:
+        outer = [use.padded() for use in outer]
+        outer = [Outer(torch.cat([use.left for use in outer], 1), torch.cat([use.right for use in outer], 1))]
+    if len(lookup) > 1:
+        lookup = [use.padded() for use in lookup]
         index = torch.cat([use.index for use in lookup], 1)
-        merged.append(Lookup(index, torch.cat([use.grad for use in lookup], 1), lookup[0].num_rows))
-    if dense:
-        merged.append(dense[0] if len(dense) == 1 else Dense(sum((use.grads for use in dense[1:]), dense[0].grads)))
-    return merged
+        lookup = [Lookup(index, torch.cat([use.grad for use in lookup], 1), lookup[0].num_rows)]
+    if len(dense) > 1:
+        dense = [Dense(sum((use.grads for use in dense[1:]), dense[0].grads))]
+    return [*outer, *lookup, *dense]
 
 
 def _outer_lookup_product(outer: Outer, lookup: Lookup) -> torch.Tensor:
     """[B] float64, the inner product of the two gradients: a tied language-model head against its embedding."""
-    batch, length, _ = outer.left.shape
-    out = outer.left.new_empty(batch, dtype=torch.float64)
-    for i in range(batch):
-        inner = outer.right[i].double() @ lookup.grad[i].double().t()
-        out[i] = (inner * outer.left[i].index_select(1, lookup.index[i]).double()).sum()
-    return out
+    products = []
+    for i in range(len(outer.mass)):
+        (left, right), (index, grad) = outer.tokens(i), lookup.tokens(i)
+        inner = right.double() @ grad.double().t()
+        products.append((inner * left.index_select(1, index).double()).sum())
+    return torch.stack(products)
 
 
 # How a layer's output relates to the examples; found once, before step 1, then enforced.
@@ -280,6 +504,24 @@ class LayerCall:
         return tensor.reshape(self.batch_size, -1, tensor.shape[-1])
 
     @property
+    def packing(self) -> Segments | None:
+        """Where the examples lie in `tokens`: None unless they are packed and each token has one row of features."""
+        flat = self.segments is not None and self.output_grad.dim() == PACKED.index(self.layout) + 2 <= 3
+        return self.segments if flat else None
+
+    def tokens(self, tensor: torch.Tensor, *, is_grad: bool = False) -> torch.Tensor:
+        """The tensor as `Outer` and `Lookup` take it beside `packing`: packed tokens [N, features] as they are, at the
+        price of N tokens whatever the longest example's length, or else `rows`."""
+        if self.packing is None:
+            return self.rows(tensor, is_grad=is_grad)
+        return tensor.reshape(-1, tensor.shape[-1])
+
+    @property
+    def grad_tokens(self) -> torch.Tensor:
+        """The output's gradient as `tokens`."""
+        return self.tokens(self.output_grad, is_grad=True)
+
+    @property
     def grad_rows(self) -> torch.Tensor:
         """The output's gradient as [B, T, features]."""
         return self.rows(self.output_grad, is_grad=True)
@@ -328,22 +570,21 @@ def rule_name(rule: Rule) -> str:
     return rule.__name__.strip("_").replace("_", " ")
 
 
-def _bias(grad_rows: torch.Tensor) -> Dense:
-    return Dense(grad_rows.sum(1, dtype=torch.float64))
+def _bias(call: LayerCall) -> Dense:
+    return Dense(sum_positions(call.grad_tokens, call.packing))
 
 
 @register_rule(nn.Linear)
 def _linear(call: LayerCall) -> dict[str, PerExampleGradient]:
-    grad = call.grad_rows
-    out: dict[str, PerExampleGradient] = {"weight": Outer(grad, call.rows(call.inputs[0]))}
+    weight = Outer(call.grad_tokens, call.tokens(call.inputs[0]), call.packing)
+    out: dict[str, PerExampleGradient] = {"weight": weight}
     if call.module.bias is not None:
-        out["bias"] = _bias(grad)
+        out["bias"] = _bias(call)
     return out
 
 
 def _gpt2_conv1d(call: LayerCall) -> dict[str, PerExampleGradient]:
-    grad = call.grad_rows
-    return {"weight": Outer(call.rows(call.inputs[0]), grad), "bias": _bias(grad)}
+    return {"weight": Outer(call.tokens(call.inputs[0]), call.grad_tokens, call.packing), "bias": _bias(call)}
 
 
 @register_rule(nn.Embedding)
@@ -355,12 +596,12 @@ def _embedding(call: LayerCall) -> dict[str, PerExampleGradient]:
             f"{call.name}: nn.Embedding with max_norm, scale_grad_by_freq or sparse=True has gradients that depend on "
             "other examples; build it without that option"
         )
-    grad = call.grad_rows
-    index = call.examples(call.inputs[0] if call.inputs else call.kwargs["input"])
-    index = index.reshape(call.batch_size, -1)
+    grad = call.grad_tokens
+    index = call.inputs[0] if call.inputs else call.kwargs["input"]
+    index = call.examples(index).reshape(call.batch_size, -1) if call.packing is None else index.flatten()
     if module.padding_idx is not None:
         grad = grad.masked_fill((index == module.padding_idx)[..., None], 0)
-    return {"weight": Lookup(index, grad, module.num_embeddings)}
+    return {"weight": Lookup(index, grad, module.num_embeddings, call.packing)}
 
 
 def _embedding_subclass(call: LayerCall) -> dict[str, PerExampleGradient]:
@@ -396,8 +637,10 @@ def _elementwise_norm(call: LayerCall) -> dict[str, PerExampleGradient]:
     frozen.update(module.named_buffers(recurse=False))
     dtype = compute_dtype(call.output_grad)
     parameters = {k: p.to(dtype) for k, p in parameters.items()}
-    x = call.examples(call.inputs[0]).to(dtype)
-    grad = call.examples(call.output_grad, is_grad=True).to(dtype)
+    # Packed documents token by token, because padded they would all cost what the longest does.
+    packed = call.packing is not None
+    x = (call.tokens(call.inputs[0]) if packed else call.examples(call.inputs[0])).to(dtype)
+    grad = (call.grad_tokens if packed else call.examples(call.output_grad, is_grad=True)).to(dtype)
 
     def one_example(x_i: torch.Tensor, grad_i: torch.Tensor) -> dict[str, torch.Tensor]:
         def forward(p: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -407,23 +650,24 @@ def _elementwise_norm(call: LayerCall) -> dict[str, PerExampleGradient]:
 
     with torch.autocast(x.device.type, enabled=False):
         grads = vmap(one_example)(x, grad)
-    return {name: Dense(grad) for name, grad in grads.items()}
+    return {name: Dense(sum_positions(grad, call.packing) if packed else grad) for name, grad in grads.items()}
 
 
 @register_rule(nn.LayerNorm)
 def _layer_norm(call: LayerCall) -> dict[str, PerExampleGradient]:
     module = call.module
     assert isinstance(module, nn.LayerNorm)
-    dtype = compute_dtype(call.output_grad)
     if len(module.normalized_shape) != 1:
         return _elementwise_norm(call)
-    grad = call.grad_rows.to(dtype)
+    x, grad = call.tokens(call.inputs[0]), call.grad_tokens
+    dtype, shape, eps = compute_dtype(grad), module.normalized_shape, module.eps
     out: dict[str, PerExampleGradient] = {}
     if module.weight.requires_grad:
-        x = nn.functional.layer_norm(call.rows(call.inputs[0]).to(dtype), module.normalized_shape, eps=module.eps)
-        out["weight"] = Dense(x.mul_(grad).sum(1, dtype=torch.float64))
+        pairs = zip(_examples(x, call.packing), _examples(grad, call.packing), strict=True)
+        products = (nn.functional.layer_norm(x_i.to(dtype), shape, eps=eps).mul_(g_i) for x_i, g_i in pairs)
+        out["weight"] = Dense(_sum_examples(products, grad))
     if module.bias is not None:
-        out["bias"] = _bias(grad)
+        out["bias"] = _bias(call)
     return out
 
 
@@ -447,7 +691,7 @@ def _convolution(call: LayerCall) -> dict[str, PerExampleGradient]:
     grad_rows = grad.flatten(2).transpose(1, 2)
     out: dict[str, PerExampleGradient] = {"weight": Outer(grad_rows, patches)}
     if module.bias is not None:
-        out["bias"] = _bias(grad_rows)
+        out["bias"] = Dense(sum_positions(grad_rows))
     return out
 
 

@@ -123,11 +123,12 @@ def per_example_loss(model: nn.Module, task: str) -> Callable[[nn.Module, Mappin
         if task == "sequence_classification":
             return _classification(logits, labels[0], config)
         if task == "causal_lm":
-            targets, mask = labels[0][:, 1:], inputs.get("attention_mask")
+            # The labels move, not the logits, which would have to be copied.
+            targets, mask = F.pad(labels[0][:, 1:], (0, 1), value=IGNORE_INDEX), inputs.get("attention_mask")
             if mask is not None and mask.shape == labels[0].shape:
                 # With left padding the first token would be predicted from padding, but only beside longer neighbours.
-                targets = targets.masked_fill(mask[:, :-1] == 0, IGNORE_INDEX)
-            return _token_mean(logits[:, :-1], targets)
+                targets = targets.masked_fill(mask == 0, IGNORE_INDEX)
+            return _token_mean(logits, targets)
         return _token_mean(logits, labels[0])
 
     return loss

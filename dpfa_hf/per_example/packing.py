@@ -72,6 +72,15 @@ class Segments:
         positions = torch.arange(self.total, device=self.boundaries.device)
         return torch.searchsorted(self.boundaries[1:], positions, right=True)
 
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each document; the one place where the device is read, once for a micro-batch."""
+        return self.boundaries.diff().tolist()
+
+    def slices(self, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[T, ...] -> n views [length, ...], one for each document."""
+        return tokens.split(self.lengths)
+
     @property
     def _offsets(self) -> torch.Tensor:
         return torch.arange(self.longest, device=self.boundaries.device)[None]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from dpfa_hf._kernel import dispatch
+from dpfa_hf._kernel import dispatch, reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -193,3 +193,62 @@ def test_a_row_of_padding_gives_zero_and_takes_zero() -> None:
         gradients = torch.autograd.grad(loss, leaves)
         assert bool((lse[1] == -torch.inf).all()) and bool(lse[0].isfinite().all())
         assert all(not tensor[1].any() and tensor[0].any() for tensor in (output, *gradients))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packed rows on a CPU, sequence by sequence
+
+BOUNDARIES = torch.tensor([0, 3, 4, 9], dtype=torch.int32)  # two more tokens follow
+
+
+def packed_outputs(hostile: float | None = None, **options: Any) -> list[torch.Tensor]:
+    """Output and gradients of a row of eleven tokens, with `hostile` in the second sequence's place."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(1, heads, 11, 8, generator=generator) for heads in (4, 2, 2)]
+    if hostile is not None:
+        for tensor in tensors:
+            tensor[:, :, 3:4] = hostile
+    tensors = [tensor.requires_grad_() for tensor in tensors]
+    output = _kernel.attention(
+        *tensors, scale=0.3, is_causal=True, cu_seq_lens_q=BOUNDARIES, cu_seq_lens_k=BOUNDARIES, **options
+    )
+    output.sum().backward()
+    others = torch.tensor([i for i in range(11) if i != 3])
+    grads = [tensor.grad.index_select(2, others) for tensor in tensors if tensor.grad is not None]
+    return [output.detach().index_select(1, others), *grads]
+
+
+def unchanged(options: dict[str, Any]) -> bool:
+    pairs = zip(packed_outputs(**options), packed_outputs(float("nan"), **options), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 2}, {"softcap": 3.0}, {"sinks": torch.ones(4)}], ids=str)
+def test_not_even_what_is_not_finite_leaves_its_packed_sequence(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert unchanged(options)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not unchanged(options), "one mask over the whole row multiplies the neighbour's NaN by zero"
+
+
+def test_one_mask_and_sequence_by_sequence_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = packed_outputs()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for a, b in zip(found, packed_outputs(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_mutant_boundaries_off_by_one_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = reference._sizes
+    monkeypatch.setattr(reference, "_sizes", lambda cu, total: sizes(cu + (cu == 4), total))
+    assert not unchanged({})
+
+
+def test_packed_rows_compile_without_a_break() -> None:
+    def call(query: torch.Tensor) -> torch.Tensor:
+        return _kernel.attention(query, query, query, scale=0.3, cu_seq_lens_q=BOUNDARIES, cu_seq_lens_k=BOUNDARIES)
+
+    query = torch.randn(1, 2, 11, 8)
+    compiled = torch.compile(call, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(query), call(query))

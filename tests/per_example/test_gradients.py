@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpfa_hf.errors import PrivacyError
 from dpfa_hf.per_example import layers, losses, preflight
-from dpfa_hf.per_example.gradients import PerExampleGradients
+from dpfa_hf.per_example.gradients import PerExampleGradients, summation_error
 
 FAMILIES = (
     "bert",
@@ -586,3 +588,105 @@ def test_no_coefficient_is_rounded_up_in_float32(clipping: str, clipping_norm: f
     assert float(contributed.max()) <= clipping_norm * (1 + 2**-10)
     mutant = (clipping_norm / norms.clamp_min(clipping_norm)).float().double() * norms
     assert float(mutant.max()) > clipping_norm * (1 + 2**-10), "subnormal coefficients should have been seen"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sums in float64 with a proven bound
+
+
+def sum_and_its_error(exact_sums: bool, micro_batch: int = 8) -> tuple[float, float]:
+    """Distance of a sum over sixteen rows that nearly cancel from the sum in rational arithmetic, and its bound."""
+    generator = torch.Generator().manual_seed(0)
+    half = torch.randn(16, 16, 3, generator=generator) * torch.logspace(-6, 6, 16)[:, None]
+    x = torch.cat([half, half.flip(1) * (1 + 1e-2)], 1)
+    sign = torch.cat([torch.ones(16, 16), -torch.ones(16, 16)], 1)
+    model = nn.Linear(3, 2, bias=False)
+    direction = torch.tensor([0.7, -1.3])
+
+    def loss(called: nn.Module, batch: Any) -> torch.Tensor:
+        return (called(batch["x"]) @ direction * batch["sign"]).sum(1) * 3e4
+
+    engine = PerExampleGradients(model, loss, clipping_norm=1.0, exact_sums=exact_sums)
+    preflight.check(engine, {"x": torch.randn(3, 4, 3), "sign": torch.ones(3, 4)})
+    expected = [[Fraction(0)] * 3 for _ in range(2)]
+    for start in range(0, 16, micro_batch):
+        batch = {"x": x[start : start + micro_batch], "sign": sign[start : start + micro_batch]}
+        with engine.attached():
+            _, calls = engine.backward(batch)
+        (outer,) = engine._uses(calls)["weight"]
+        norms = engine.norms({"weight": [outer]}, micro_batch, torch.device("cpu"))
+        assert float(norms.min()) > 0 and float((norms[0] * 256 / outer.mass).min()) > 0.999
+        for i, c in enumerate(engine.coefficients(norms)[0].tolist()):
+            for left, right in zip(outer.left[i].tolist(), outer.right[i].tolist(), strict=True):
+                for row in range(2):
+                    for column in range(3):
+                        expected[row][column] += Fraction(c) * Fraction(left[row]) * Fraction(right[column])
+        engine.accumulate(batch)
+    found = engine.take()["weight"]
+    assert found.dtype == (torch.float64 if exact_sums else torch.float32)
+    squares = sum((Fraction(found[r, c].item()) - expected[r][c]) ** 2 for r in range(2) for c in range(3))
+    return math.sqrt(squares), summation_error(1.0, examples=16, terms=16 * 32)
+
+
+@pytest.mark.parametrize("micro_batch", [16, 4, 1])
+def test_exact_sums_stay_within_their_bound_of_rational_arithmetic(micro_batch: int) -> None:
+    error, bound = sum_and_its_error(True, micro_batch)
+    assert error <= bound < 1e-9
+
+
+def test_mutant_sums_in_float32_pass_the_bound_of_float64() -> None:
+    error, bound = sum_and_its_error(False)
+    assert error > bound
+
+
+@pytest.mark.parametrize("clipping", ["flat", "automatic", "per_layer"])
+@pytest.mark.parametrize("family", ["bert", "llama-tied"])
+def test_exact_sums_agree_with_the_others(lab: SimpleNamespace, family: str, clipping: str) -> None:
+    model = lab.build(family, dtype=torch.float32)
+    rows = lab.rows_of(family, model)
+    found, exact = (
+        private_sum(lab, engine_of(model, clipping=clipping, exact_sums=exact_sums), rows, 0.5, 3)
+        for exact_sums in (False, True)
+    )
+    assert {value.dtype for value in exact.values()} == {torch.float64}
+    assert lab.relative_error(found, exact) < 1e-4
+
+
+def test_the_bound_grows_with_its_arguments_and_refuses_nonsense() -> None:
+    bound = summation_error(2.0, examples=64, terms=8192)
+    assert bound == pytest.approx(256 * 2 * 64 * 8194 * 2.0**-53, rel=1e-5)
+    for examples, terms in ((0, 1), (1, 0), (1, 2**52)):
+        with pytest.raises(PrivacyError, match="terms="):
+            summation_error(1.0, examples=examples, terms=terms)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One backward pass
+
+
+class Products(TorchDispatchMode):
+    """Shapes of all matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm):
+            self.shapes.append(tuple(out.shape))
+        return out
+
+
+def test_autograd_computes_no_weight_gradient(lab: SimpleNamespace) -> None:
+    model = lab.build("bert")
+    engine = engine_of(model)
+    batch = lab.collate(model, lab.rows_of("bert", model))
+    weights = {tuple(p.shape) for p in model.parameters() if p.dim() == 2}
+    weights |= {shape[::-1] for shape in weights}
+    with engine.attached(), Products() as seen:
+        engine.backward(batch)
+    assert len(seen.shapes) > 20 and not weights & set(seen.shapes)
+    with Products() as seen:
+        engine.loss(model, batch).sum().backward()
+    assert weights & set(seen.shapes), "the mutant, an ordinary backward pass, should have been seen"

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -83,9 +85,19 @@ def test_gram_and_tiles_agree_whatever_the_size_of_a_tile(
     expected = full.flatten(1).square().sum(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layers, "_MAX_TEMPORARY", limit)
-        for found in (use.gram_squared_norm(), use._tiled_squared_norm(), use.squared_norm()):
+        gram = layers._gram_squared_norm(use.left, use.right, torch.float32)
+        for found in (gram, layers._tiled_squared_norm(use.left, use.right, use.mass), use.squared_norm()):
             assert found.dtype == torch.float64
             assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5 * float(use.mass.max() ** 2))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(70, 2), (2, 70), (70, 5)])
+def test_narrow_matrices_of_either_form_have_the_same_sum(rows: int, columns: int) -> None:
+    use, full = make("outer", 0, 3, 4, rows, columns)
+    weights = torch.tensor([0.5, -2.0, 1.0], dtype=torch.float64)
+    found = weighted_sum([use, use], weights, rows, columns)
+    assert torch.allclose(found.double(), 2 * torch.einsum("b,brc->rc", weights, full), atol=1e-4)
+    assert torch.allclose(use.squared_norm(), full.flatten(1).square().sum(1), rtol=1e-4)
 
 
 def test_repeated_indices_are_added_before_squaring() -> None:
@@ -153,14 +165,63 @@ def test_tokens_that_cancel_still_contribute_at_most_c(residue: float, length: i
     assert contribution(cancelling(residue, length), sign, scale=1e6) <= BOUND
 
 
-def test_the_bound_fails_without_the_cancellation_cap(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dpfa_hf.per_example.gradients.MAX_CANCELLATION", float("inf"))
+def worst_contribution() -> float:
     worst = 0.0
     for residue in (1e-6, 1e-7, 3e-8, 1e-9, 0.0):
         for length in (64, 512):
             sign = torch.cat([torch.ones(1, length // 2), -torch.ones(1, length // 2)], 1)
             worst = max(worst, contribution(cancelling(residue, length), sign, scale=1e6))
-    assert worst > BOUND
+    return worst
+
+
+def without_rounding_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "_rounding", lambda terms, dtype: 0.0)
+    monkeypatch.setattr(layers, "_TOLERATED_ERROR", math.inf)
+
+
+def test_the_bound_fails_without_the_cancellation_cap_and_the_rounding_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Either alone keeps these examples within C."""
+    monkeypatch.setattr("dpfa_hf.per_example.gradients.MAX_CANCELLATION", float("inf"))
+    assert worst_contribution() <= BOUND
+    without_rounding_bounds(monkeypatch)
+    assert worst_contribution() > BOUND
+
+
+def largest_shortfall(length: int, rows: int, columns: int) -> float:
+    """By how much a squared norm of cancelling tokens falls below the exact one, relative to the squared mass."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(24, length // 2, width, generator=generator) for width in (rows, columns))
+    use = Outer(torch.cat([left, -left.flip(1) * 1.001], 1), torch.cat([right, right.flip(1)], 1))
+    exact = torch.stack([use.example(i).square().sum() for i in range(24)])
+    return float(((exact - use.squared_norm()) / use.mass.square()).max())
+
+
+@pytest.mark.parametrize("shape", [(8, 40, 50), (300, 700, 600), (64, 8, 9)], ids=["gram", "chunks", "tiles"])
+def test_float32_norms_are_never_too_small_and_the_check_notices_a_bound_left_out(
+    shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert largest_shortfall(*shape) <= 0
+    without_rounding_bounds(monkeypatch)
+    assert largest_shortfall(*shape) > 1e-14
+
+
+def test_the_bound_of_a_gram_form_holds_against_rational_arithmetic() -> None:
+    generator = torch.Generator().manual_seed(1)
+    left, right = (torch.randn(4, 5, 7, generator=generator) * 10.0 ** torch.arange(-3, 4) for _ in range(2))
+    left[:, 3:], right[:, 3:] = -left[:, 1:3], right[:, 1:3]
+    value, error = layers._gram(left, right)
+    for i in range(4):
+        a, b = ([[Fraction(x) for x in row] for row in side[i].tolist()] for side in (left, right))
+        exact = sum((sum(a[t][r] * b[t][c] for t in range(5))) ** 2 for r in range(7) for c in range(7))
+        assert abs(Fraction(value[i].item()) - exact) <= Fraction(error[i].item())
+        assert error[i] <= 1e-5 * Outer(left, right).mass[i] ** 2
+
+
+def test_gradients_too_small_for_float32_products_keep_their_norm() -> None:
+    for scale in (1e-15, 1e-25):
+        left, right = torch.full((2, 4, 30), 1e15), torch.full((2, 4, 30), scale)
+        exact = Outer(left.double(), right.double()).squared_norm()
+        assert bool((Outer(left, right).squared_norm() >= exact * (1 - 1e-12)).all())
 
 
 def test_ordinary_rows_are_far_from_the_cap() -> None:

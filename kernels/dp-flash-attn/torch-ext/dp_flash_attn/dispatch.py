@@ -237,9 +237,16 @@ def attention(
         return _varlen_attention(
             query, key, value, scale, is_causal, window, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k
         )
-    if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
-        segments_q, segments_k = _segments(cu_seq_lens_q, queries), _segments(cu_seq_lens_k, keys)
     pattern = Pattern(scale, is_causal, window, softcap, dropout)
+    if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
+        # A compiled graph would break where the boundaries are read.
+        readable = call.device == "cpu" and queries > 0 and not torch.compiler.is_compiling()
+        if backend == "reference" and readable and not (call.padded or call.dense):
+            output, lse = reference.packed_attention(
+                query, key, value, cu_seq_lens_q, cu_seq_lens_k, sinks, pattern, lse=return_lse
+            )
+            return (output, lse) if return_lse else output
+        segments_q, segments_k = _segments(cu_seq_lens_q, queries), _segments(cu_seq_lens_k, keys)
     if backend == "triton":
         if flash is None:
             from .flash import flash_attention
