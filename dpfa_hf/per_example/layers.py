@@ -17,11 +17,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
 from torch.func import functional_call, vjp, vmap
 
+from dpfa_hf._kernel import lookup_squared_norm, outer_squared_norm, position_sums, tied_squared_norm
+from dpfa_hf._kernel.norms import SquaredNorm, fused
 from dpfa_hf.errors import PrivacyError
 from dpfa_hf.per_example.packing import Segments
 
@@ -53,6 +56,8 @@ def _rounding(terms: float, dtype: torch.dtype) -> float:
 
 def sum_positions(rows: torch.Tensor, segments: Segments | None = None) -> torch.Tensor:
     """[B, T, features] -> [B, features] float64, or from packed tokens [N, features]."""
+    if fused(rows):
+        return position_sums(rows, cu_seq_lens=None if segments is None else segments.boundaries).bias
     if rows.device.type == "cpu":
         return _sum_examples(_examples(rows, segments), rows)
     if segments is None:
@@ -96,6 +101,8 @@ class Outer:
     @cached_property
     def mass(self) -> torch.Tensor:
         """[B] float64, sum over t of |left_t| |right_t|: what rounding errors of the sum are proportional to."""
+        if fused(self.left, self.right):
+            return self._fused.mass
         dtype = compute_dtype(self.left)
         row = torch.linalg.vector_norm(self.left, dim=-1, dtype=dtype)
         column = torch.linalg.vector_norm(self.right, dim=-1, dtype=dtype)
@@ -108,6 +115,8 @@ class Outer:
             Never below the squared norm of what `left` and `right` hold by more than float64's rounding: the worst
             error of the products is added to what they give (P14).
         """
+        if fused(self.left, self.right):
+            return self._fused.value + self._fused.error
         rows, columns = self.left.shape[-1], self.right.shape[-1]
         # On a GPU the answer whether float32 was good enough would have to be waited for.
         dtype = compute_dtype(self.left) if self.left.device.type == "cpu" else torch.float64
@@ -159,6 +168,10 @@ class Outer:
         if self.segments is None:
             return self.left[i], self.right[i]
         return self.segments.slices(self.left)[i], self.segments.slices(self.right)[i]
+
+    @cached_property
+    def _fused(self) -> SquaredNorm:
+        return outer_squared_norm(self.left, self.right, **_boundaries(self.segments))
 
     @property
     def _count(self) -> int:
@@ -318,11 +331,15 @@ class Lookup:
     @cached_property
     def mass(self) -> torch.Tensor:
         """[B] float64, sum over t of |grad_t|."""
+        if fused(self.grad):
+            return self._fused.mass
         norms = torch.linalg.vector_norm(self.grad, dim=-1, dtype=compute_dtype(self.grad))
         return _add_positions(norms, self.segments)
 
     def squared_norm(self) -> torch.Tensor:
         """[B] float64; repeated indices of an example are added up, in float64, before squaring."""
+        if fused(self.grad):
+            return self._fused.value + self._fused.error
         device, columns = self.grad.device, self.grad.shape[-1]
         if self.segments is None:
             count = len(self.grad)
@@ -344,6 +361,11 @@ class Lookup:
         """out[index] += weights_i grad; weights [B], out [num_rows, columns]."""
         grad = self.grad.flatten(0, -2).to(out.dtype) * _token_weights(weights, self.grad, self.segments).to(out.dtype)
         out.index_add_(0, self.index.flatten(), grad)
+
+    @cached_property
+    def _fused(self) -> SquaredNorm:
+        boundaries = None if self.segments is None else self.segments.boundaries
+        return lookup_squared_norm(self.index, self.grad, cu_seq_lens=boundaries)
 
     def zero_rows(self, keep: torch.Tensor) -> Lookup:
         drop = ~_by_token(keep, self.grad, self.segments)
@@ -417,6 +439,8 @@ def combined_squared_norm(uses: Sequence[PerExampleGradient]) -> torch.Tensor:
     outer = [use for use in uses if isinstance(use, Outer)]
     lookup = [use for use in uses if isinstance(use, Lookup)]
     if len(outer) == len(lookup) == 1 and len(uses) == 2:
+        if fused(outer[0].left, outer[0].right, lookup[0].grad):
+            return _tied_squared_norm(outer[0], lookup[0])
         cross = _outer_lookup_product(outer[0], lookup[0])
         return (outer[0].squared_norm() + lookup[0].squared_norm() + 2 * cross).clamp_min_(0)
     examples = range(uses[0].mass.shape[0])
@@ -438,6 +462,20 @@ def merge_uses(uses: Sequence[PerExampleGradient]) -> list[PerExampleGradient]:
     if len(dense) > 1:
         dense = [Dense(sum((use.grads for use in dense[1:]), dense[0].grads))]
     return [*outer, *lookup, *dense]
+
+
+def _tied_squared_norm(outer: Outer, lookup: Lookup) -> torch.Tensor:
+    """[B] float64, never below the squared norm of the sum of both."""
+    if outer.segments is not lookup.segments:
+        outer, lookup = outer.padded(), lookup.padded()
+    boundaries = _boundaries(outer.segments)
+    found = tied_squared_norm(outer.left, outer.right, lookup.index, lookup.grad, **boundaries)
+    return found.value + found.error
+
+
+def _boundaries(segments: Segments | None) -> dict[str, Any]:
+    """How the kernels are told of packed examples."""
+    return {} if segments is None else {"cu_seq_lens": segments.boundaries, "longest": segments.longest}
 
 
 def _outer_lookup_product(outer: Outer, lookup: Lookup) -> torch.Tensor:
@@ -660,6 +698,11 @@ def _layer_norm(call: LayerCall) -> dict[str, PerExampleGradient]:
     if len(module.normalized_shape) != 1:
         return _elementwise_norm(call)
     x, grad = call.tokens(call.inputs[0]), call.grad_tokens
+    if fused(x, grad):
+        boundaries = None if call.packing is None else call.packing.boundaries
+        sums = position_sums(grad, x, eps=module.eps, cu_seq_lens=boundaries)
+        found = {"weight": sums.weight, "bias": sums.bias}
+        return {name: Dense(found[name]) for name, parameter in module.named_parameters(recurse=False)}
     dtype, shape, eps = compute_dtype(grad), module.normalized_shape, module.eps
     out: dict[str, PerExampleGradient] = {}
     if module.weight.requires_grad:
