@@ -595,7 +595,9 @@ def test_mutant_gram_in_float32_without_the_bound_on_cancellation_is_caught(monk
 def test_mutant_nan_not_zeroed_is_caught(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if part == "coefficient":
         monkeypatch.setattr(
-            PerExampleGradients, "coefficients", lambda self, norms: self.clipping_norm / norms.clamp_min(1.0)
+            PerExampleGradients,
+            "coefficients",
+            lambda self, norms: torch.where(torch.isfinite(norms), self.clipping_norm / norms.clamp_min(1.0), math.nan),
         )
     else:
         for kind in (layers.Outer, layers.Lookup, layers.Dense):

@@ -34,12 +34,10 @@ _MAX_TEMPORARY = 2**20
 _MAX_TERMS = 256
 # Tokens that one product of the Gram form has on its left, so that little more than a triangle is computed.
 _GRAM_ROWS = 128
-# An example whose Gram matrices are less certain than this part of its squared norm is computed again in float64.
-_TOLERATED_ERROR = 2.0**-8
+# Layers of which no row is long enough for the Gram form to be worth it: half the harmonic mean of their sides.
+_ALWAYS_TILES = 64
 # A matrix so many times as tall as wide is summed as its transpose: BLAS is several times faster so (LoRA's B).
 _NARROW = 16
-# Below this nothing is computed again: such a norm is zero beside any clipping norm.
-_NEGLIGIBLE = 1e-24
 
 
 def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
@@ -50,8 +48,12 @@ def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
 def _rounding(terms: float, dtype: torch.dtype) -> float:
     """n u / (1 - n u): the error of a sum of n products, relative to the sum of their sizes, in whatever order it was
     taken (Higham 2002, Accuracy and Stability of Numerical Algorithms, section 3.1)."""
-    share = terms * torch.finfo(dtype).eps / 2
-    return share / (1 - share) if share < 0.5 else float("inf")
+    return float(_share(torch.tensor(terms * torch.finfo(dtype).eps / 2, dtype=torch.float64)))
+
+
+def _share(rounding: torch.Tensor) -> torch.Tensor:
+    """x / (1 - x); infinite where that bound says nothing."""
+    return torch.where(rounding < 0.5, rounding / (1 - rounding), torch.inf)
 
 
 def sum_positions(rows: torch.Tensor, segments: Segments | None = None) -> torch.Tensor:
@@ -103,32 +105,57 @@ class Outer:
         """[B] float64, sum over t of |left_t| |right_t|: what rounding errors of the sum are proportional to."""
         if fused(self.left, self.right):
             return self._fused.mass
+        row, column = self._lengths
+        return _add_positions(row * column, self.segments)
+
+    @cached_property
+    def _lengths(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, T], or [N] of packed examples, each: |left_t| and |right_t|."""
         dtype = compute_dtype(self.left)
         row = torch.linalg.vector_norm(self.left, dim=-1, dtype=dtype)
-        column = torch.linalg.vector_norm(self.right, dim=-1, dtype=dtype)
-        return _add_positions(row * column, self.segments)
+        return row, torch.linalg.vector_norm(self.right, dim=-1, dtype=dtype)
 
     def squared_norm(self) -> torch.Tensor:
         """[B] float64: through the T x T Gram matrices or through tiles of the gradient, whichever costs less.
 
         Guarantee:
             Never below the squared norm of what `left` and `right` hold by more than float64's rounding: the worst
-            error of the products is added to what they give (P14).
+            error of the products is added to what they give (P14). What is added depends on the example alone, not on
+            the form, which the longest row of a batch decides: or else a newcomer would shorten its neighbours.
         """
         if fused(self.left, self.right):
             return self._fused.value + self._fused.error
         rows, columns = self.left.shape[-1], self.right.shape[-1]
-        # On a GPU the answer whether float32 was good enough would have to be waited for.
-        dtype = compute_dtype(self.left) if self.left.device.type == "cpu" else torch.float64
-        price = 1 if dtype == compute_dtype(self.left) else 2
         out = self.left.new_empty(self._count, dtype=torch.float64)
         for examples, left, right in self._blocks():
-            length = left.shape[1]
-            if price * _gram_tokens(length) * (rows + columns) < rows * columns:
-                out[examples] = _gram_squared_norm(left, right, dtype)
+            if _by_gram(left.shape[1], rows, columns):
+                out[examples] = _gram(left, right)
             else:
-                out[examples] = _tiled_squared_norm(left, right, self.mass[examples])
-        return out
+                out[examples] = _tiled(left, right)
+        return out + self._worst_error(out)
+
+    def _worst_error(self, value: torch.Tensor) -> torch.Tensor:
+        """[B] float64: how far the squared norms may be above `value`, whichever form has computed it.
+
+        By Cauchy and Schwarz the gradient is off by the rounding of sums over positions times the mass, and a sum of
+        products of inner products by the rounding of both times mass^2. Positions of zeros, such as padding, round
+        nothing. Masses and other sums of positive terms are right to 1 part in 8. What is too small for a normal number
+        is lost whole.
+        """
+        rows, columns, dtype = self.left.shape[-1], self.right.shape[-1], compute_dtype(self.left)
+        row, column = self._lengths
+        positions = _add_positions((row * column != 0).to(dtype), self.segments)
+        tiny, unit = torch.finfo(dtype).tiny, torch.finfo(dtype).eps / 2
+        depth = positions.clamp_max(_MAX_TERMS) + (positions / _MAX_TERMS).ceil()
+        distance = 1.125 * _share(depth * unit) * self.mass + (rows * columns * tiny) ** 0.5
+        norm = value.sqrt() * (1 + _rounding(max(rows, columns) / 2 + 2, dtype)) + distance
+        error = norm.square() - value
+        if _may_be_gram(rows, columns):
+            left, right = (1.125 * _rounding(_gram_depth(width), dtype) for width in (rows, columns))
+            error += (left + right + left * right) * self.mass.square()
+            largest = _add_positions(row.double().square() + column.double().square(), self.segments).nan_to_num()
+            error += tiny * positions.square() * (rows + columns + 1) * (1 + largest)
+        return error
 
     def add_weighted_sum(self, weights: torch.Tensor, out: torch.Tensor) -> None:
         """out += sum_i weights_i gradient_i; weights [B], out [rows, columns] float32 or float64."""
@@ -191,57 +218,27 @@ class Outer:
             yield block, self.left[block], self.right[block]
 
 
-def _gram_tokens(length: int) -> float:
-    """Columns of the part of a Gram matrix that is computed, per row."""
-    return (length + min(length, _GRAM_ROWS)) / 2
+def _by_gram(length: int, rows: int, columns: int) -> bool:
+    """Whether Gram matrices of so many positions cost less than the gradient."""
+    tokens = (length + min(length, _GRAM_ROWS)) / 2  # columns of the triangle that is computed, per row
+    return _may_be_gram(rows, columns) and tokens * (rows + columns) < rows * columns
 
 
-def _gram_squared_norm(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[B] float64: the squared norm plus the error that it may have; in float64 where that would be too much."""
-    if dtype == torch.float64:
-        return _gram_in_float64(left, right)
-    value, error = _gram(left.to(dtype), right.to(dtype))
-    doubtful = ~(torch.isfinite(value) & (error <= _TOLERATED_ERROR * value + _NEGLIGIBLE))
-    out = value.clamp_min_(0) + error
-    if bool(doubtful.any()):
-        out[doubtful] = _gram_in_float64(left[doubtful], right[doubtful])
-    return out
+def _may_be_gram(rows: int, columns: int) -> bool:
+    return rows * columns >= _ALWAYS_TILES * (rows + columns)
 
 
-def _gram_in_float64(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    value, error = _gram(left.double(), right.double())
-    return value.clamp_min_(0) + error
-
-
-def _gram(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B] float64 each: sum over s, t of (left_s . left_t) (right_s . right_t), and a bound on its error.
-
-    With a, b the two inner products as computed and n, m their relative errors, the product is off by at most
-    n |left_s| |left_t| |b| + m |right_s| |right_t| |a| + n m |left_s| |left_t| |right_s| |right_t| (Cauchy-Schwarz) and
-    by its own rounding. That is far below the bound in the mass alone where different tokens are far from parallel.
-    """
-    length, dtype = left.shape[1], left.dtype
-    left_norm = torch.linalg.vector_norm(left, dim=2)
-    right_norm = torch.linalg.vector_norm(right, dim=2)
-    # One more for the product of the two, and the norms and sums below, of positive terms, are right to 1 part in 8.
-    left_rounding, right_rounding = (1.125 * _rounding(_gram_depth(side.shape[2]), dtype) for side in (left, right))
+def _gram(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """[B] float64: sum over s, t of (left_s . left_t) (right_s . right_t), as computed, but never negative."""
+    length, dtype = left.shape[1], compute_dtype(left)
+    left, right = left.to(dtype), right.to(dtype)
     value = left.new_zeros(len(left), dtype=torch.float64)
-    error = torch.zeros_like(value)
     for start in range(0, length, _GRAM_ROWS):
         end = min(start + _GRAM_ROWS, length)
-        a, b = _products(left, start, end), _products(right, start, end)
-        twice = torch.full((end,), 2.0, dtype=dtype, device=left.device)
-        twice[start:] = 1.0
-        value += ((a * b).sum(1, dtype=torch.float64) * twice).sum(1)
-        a_mass = _bilinear(right_norm[:, start:end], a.abs_(), right_norm[:, :end] * twice)
-        b_mass = _bilinear(left_norm[:, start:end], b.abs_(), left_norm[:, :end] * twice)
-        error += left_rounding * b_mass + right_rounding * a_mass
-    mass = (left_norm * right_norm).sum(1, dtype=torch.float64)
-    error += left_rounding * right_rounding * mass.square()
-    # Products too small for a normal number are lost whole.
-    lost = torch.finfo(dtype).tiny * length**2 * (left.shape[2] + right.shape[2] + 1)
-    largest = (left_norm.amax(1).double().square() + right_norm.amax(1).double().square()).nan_to_num()
-    return value, error + lost * (1 + largest)
+        products = _products(left, start, end).mul_(_products(right, start, end)).sum(1, dtype=torch.float64)
+        products[:, :start] *= 2
+        value += products.sum(1)
+    return value.clamp_min_(0)
 
 
 def _gram_depth(width: int) -> float:
@@ -258,13 +255,8 @@ def _products(rows: torch.Tensor, start: int, end: int) -> torch.Tensor:
     return out
 
 
-def _bilinear(rows: torch.Tensor, matrix: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """[B] float64: rows_i^T matrix_i columns_i."""
-    return (torch.bmm(rows[:, None], matrix).squeeze(1) * columns).sum(1, dtype=torch.float64)
-
-
-def _tiled_squared_norm(left: torch.Tensor, right: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
-    """[B] float64: the square of the norm that tiles of the gradient have, plus the error that it may have."""
+def _tiled(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """[B] float64: the squared norm of the gradient, tile by tile, as computed."""
     if left.shape[2] > right.shape[2]:
         # The transpose has the same norm, and BLAS is several times faster with the narrow side first.
         left, right = right, left
@@ -284,11 +276,7 @@ def _tiled_squared_norm(left: torch.Tensor, right: torch.Tensor, mass: torch.Ten
                 gradient.baddbmm_(part[..., t : t + _MAX_TERMS], other[:, t : t + _MAX_TERMS])
             norms = torch.linalg.vector_norm(gradient, dim=2)
             out[first : first + examples] += norms.double().square_().sum(1)
-    depth = min(length, _MAX_TERMS) + -(-length // _MAX_TERMS)
-    # Squares too small for a normal number are lost whole.
-    lost = (rows * columns * torch.finfo(dtype).tiny) ** 0.5
-    norm = out.sqrt_() * (1 + _rounding(columns / 2 + 2, dtype)) + 1.125 * _rounding(depth, dtype) * mass + lost
-    return norm.square_()
+    return out
 
 
 def _add_positions(values: torch.Tensor, segments: Segments | None) -> torch.Tensor:

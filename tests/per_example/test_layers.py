@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
@@ -85,8 +84,7 @@ def test_gram_and_tiles_agree_whatever_the_size_of_a_tile(
     expected = full.flatten(1).square().sum(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layers, "_MAX_TEMPORARY", limit)
-        gram = layers._gram_squared_norm(use.left, use.right, torch.float32)
-        for found in (gram, layers._tiled_squared_norm(use.left, use.right, use.mass), use.squared_norm()):
+        for found in (layers._gram(use.left, use.right), layers._tiled(use.left, use.right), use.squared_norm()):
             assert found.dtype == torch.float64
             assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5 * float(use.mass.max() ** 2))
 
@@ -175,8 +173,7 @@ def worst_contribution() -> float:
 
 
 def without_rounding_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "_rounding", lambda terms, dtype: 0.0)
-    monkeypatch.setattr(layers, "_TOLERATED_ERROR", math.inf)
+    monkeypatch.setattr(Outer, "_worst_error", lambda self, value: torch.zeros_like(value))
 
 
 def test_the_bound_fails_without_the_cancellation_cap_and_the_rounding_bound(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,16 +202,46 @@ def test_float32_norms_are_never_too_small_and_the_check_notices_a_bound_left_ou
     assert largest_shortfall(*shape) > 1e-14
 
 
-def test_the_bound_of_a_gram_form_holds_against_rational_arithmetic() -> None:
+def test_the_bound_of_a_gram_form_holds_against_rational_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "_ALWAYS_TILES", 0)
     generator = torch.Generator().manual_seed(1)
     left, right = (torch.randn(4, 5, 7, generator=generator) * 10.0 ** torch.arange(-3, 4) for _ in range(2))
     left[:, 3:], right[:, 3:] = -left[:, 1:3], right[:, 1:3]
-    value, error = layers._gram(left, right)
+    value = layers._gram(left, right)
+    error = Outer(left, right)._worst_error(value)
     for i in range(4):
         a, b = ([[Fraction(x) for x in row] for row in side[i].tolist()] for side in (left, right))
         exact = sum((sum(a[t][r] * b[t][c] for t in range(5))) ** 2 for r in range(7) for c in range(7))
         assert abs(Fraction(value[i].item()) - exact) <= Fraction(error[i].item())
         assert error[i] <= 1e-5 * Outer(left, right).mass[i] ** 2
+
+
+def shift_by_neighbours(rows: int, columns: int) -> float:
+    """How much rows of 40 tokens change when a neighbour's length pads them to 400, relative to their squared norms."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(3, 40, width, generator=generator) for width in (rows, columns))
+    # Inputs at padding are whatever the model made of them; gradients there are zero.
+    padded = Outer(nn.functional.pad(left, (0, 0, 0, 360)), nn.functional.pad(right, (0, 0, 0, 360), value=0.7))
+    alone = Outer(left, right).squared_norm()
+    return float(((padded.squared_norm() - alone) / alone).abs().max())
+
+
+@pytest.mark.parametrize("shape", [(300, 300), (700, 90), (16, 300)], ids=["gram then tiles", "mixed", "tiles"])
+def test_what_clips_a_row_does_not_depend_on_how_long_its_neighbours_are(shape: tuple[int, int]) -> None:
+    assert shift_by_neighbours(*shape) <= 2e-6
+
+
+def test_mutant_bound_that_follows_the_form_or_the_padding_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of many neighbours would be shortened by so much when one long row arrives."""
+    honest = Outer._worst_error
+    monkeypatch.setattr(
+        Outer,
+        "_worst_error",
+        lambda self, value: honest(self, value) * layers._by_gram(self.left.shape[1], 300, 300),
+    )
+    assert shift_by_neighbours(300, 300) > 1e-4
+    monkeypatch.setattr(Outer, "_worst_error", lambda self, value: 2e-6 * self.left.shape[1] * value.sqrt() * self.mass)
+    assert shift_by_neighbours(16, 300) > 1e-4
 
 
 def test_gradients_too_small_for_float32_products_keep_their_norm() -> None:

@@ -25,6 +25,10 @@ their magnitudes. With mass = sum_t |left_t| |right_t|, Cauchy and Schwarz then 
 
 where r = (128 + 1) 2**-24 is for the sums over a tile. All is taken 1 % larger for terms of second order. These are
 linear in d, p and T, worst cases: a bound with their square roots would hold only for errors that are independent.
+
+An example is clipped by value + error, which must depend on it alone, and the longest row of a batch decides the form
+and T. So `error` is the sum of both forms' bounds wherever either may be taken, for T = 2**16 or more.
+
 Magnitudes whose products leave float32's range are not covered below it (they vanish: less than 2**-126 each) and are
 not finite above it.
 """
@@ -47,9 +51,10 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _FLOAT32, _FLOAT64 = 2.0**-24, 2.0**-53
 _UNIT_ROUNDOFF = {True: 2.0**-22, False: _FLOAT32}  # of the sums within a chunk
 _SECOND_ORDER = 1.01
-# The most by which the Gram form's bound may exceed the squared norm of positions that are independent: their mass^2 is
-# T times their squared norm, give or take. Beyond it, clipping by the bound would shorten visibly: the tile form's job.
-_LARGEST_EXCESS = 1 / 8
+# Every length up to this has one bound.
+_LONGEST = 2**16
+# Layers of which no row is long enough for the Gram form to be worth it: half the harmonic mean of their sides.
+_ALWAYS_TILES = 64
 # Positions, and columns, that a program of the kernels without matrix products takes at a time.
 MASS_BLOCK, MASS_WIDTH = 16, 128
 SUMS_BLOCK, SUMS_WIDTH = 32, 32
@@ -120,13 +125,13 @@ def outer_squared_norm(
     if not fused(left, right):
         return _outer_in_float64(left, right, cu_seq_lens, longest)
     segments = _Segments.of(left, cu_seq_lens, longest)
-    halves = (left.dtype in _HALVES, right.dtype in _HALVES)
+    coefficients = _linear_coefficients(segments.longest, _wider(left, right) in _HALVES)
+    if form == "gram" or _may_be_gram(rows, columns):
+        squared = _gram_coefficient(rows, left.dtype in _HALVES, columns, right.dtype in _HALVES)
+        coefficients = coefficients._replace(squared=squared)
     if form is None:
         form = choose_form(segments.longest, rows, columns, dtype=_wider(left, right), device=left.device)
-    if form == "gram":
-        squared = _gram_coefficient(rows, halves[0], columns, halves[1])
-        return _gram(left, right, segments, _Coefficients(squared=squared))
-    return _tile(left, right, segments, _linear_coefficients(segments.longest, _wider(left, right) in _HALVES))
+    return (_gram if form == "gram" else _tile)(left, right, segments, coefficients)
 
 
 def lookup_squared_norm(index: Tensor, grad: Tensor, *, cu_seq_lens: Tensor | None = None) -> SquaredNorm:
@@ -234,15 +239,19 @@ def fused(*tensors: Tensor) -> bool:
 def choose_form(length: int, rows: int, columns: int, *, dtype: torch.dtype, device: torch.device) -> str:
     """The form that costs less by its operations, "gram" or "tile": they meet near T = 2 d p / (d + p).
 
-    Rows so long that the Gram form's bound would be large against an ordinary norm take tiles whatever they cost.
+    Narrow layers, for which that is a few positions, always take tiles, and are spared the Gram form's bound.
     """
     from .flash import architecture
 
     chip, half = architecture(device), dtype in _HALVES
-    if _gram_coefficient(rows, half, columns, half) * length > _LARGEST_EXCESS:
+    if not _may_be_gram(rows, columns):
         return "tile"
     gram = operations("gram", length, rows, columns, chip, half) * GRAM_COST.get(chip, 1.0)
     return "gram" if gram <= operations("tile", length, rows, columns, chip, half) else "tile"
+
+
+def _may_be_gram(rows: int, columns: int) -> bool:
+    return rows * columns >= _ALWAYS_TILES * (rows + columns)
 
 
 def operations(form: str, length: int, rows: int, columns: int, architecture: str, half: bool) -> int:
@@ -311,6 +320,7 @@ def _gram_coefficient(rows: int, half_rows: bool, columns: int, half_columns: bo
 
 
 def _linear_coefficients(length: int, half: bool) -> _Coefficients:
+    length = max(length, _LONGEST)
     gamma = _gamma(length, half)
     # The embedding's sums of squares also run over chunks of positions.
     relative = _tile_sum() + _blocks(length, NORM_CHUNK[half]) * _FLOAT32
