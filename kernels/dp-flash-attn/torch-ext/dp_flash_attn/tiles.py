@@ -42,7 +42,7 @@ _HALF = {
         "key_grad": {64: Tile(64, 128, 8, 2), 128: Tile(32, 128, 8, 2), 256: Tile(16, 64, 8, 2)},
     },
     "sm_100": {
-        "forward": {64: Tile(128, 32, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2)},
+        "forward": {64: Tile(64, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2)},
         "query_grad": {64: Tile(64, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 64, 8, 2)},
         "key_grad": {64: Tile(64, 128, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 2)},
     },
@@ -62,7 +62,7 @@ _HALF = {
 # Products exact to float32 are made of multiplications and additions of single numbers on NVIDIA's chips.
 _FLOAT32_NVIDIA = {
     "forward": {64: Tile(32, 32, 8, 2), 128: Tile(32, 16, 8, 2), 256: Tile(16, 16, 4, 2)},
-    "query_grad": {64: Tile(32, 32, 8, 2), 128: Tile(32, 16, 8, 2), 256: Tile(32, 16, 8, 2)},
+    "query_grad": {64: Tile(32, 16, 8, 2), 128: Tile(32, 16, 8, 2), 256: Tile(32, 16, 8, 2)},
     "key_grad": {64: Tile(32, 32, 8, 2), 128: Tile(16, 16, 8, 2), 256: Tile(16, 16, 8, 1)},
 }
 _FLOAT32 = {
