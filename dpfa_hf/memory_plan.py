@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from dpfa_hf.errors import PrivacyError
+from dpfa_hf.host_memory import freed_memory_kept
 
 LARGEST_MICRO_BATCH = 1024
 # What is left to the rest of the machine, or to the allocator's fragments, of what is free now.
@@ -297,7 +298,8 @@ def main(arguments: list[str]) -> int:
     request, size, limit = Request(**json.loads(arguments[0])), int(arguments[1]), int(arguments[2])
     try:
         _prepare_to_die(limit, request.device)
-        print(json.dumps(_micro_steps(request, size)))
+        with freed_memory_kept():  # as training does
+            print(json.dumps(_micro_steps(request, size)))
     except Exception as error:  # a model may raise anything; the parent tells memory from the rest
         if _is_out_of_memory(error):
             return _OUT_OF_MEMORY

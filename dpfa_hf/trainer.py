@@ -29,6 +29,7 @@ from dpfa_hf.batch_selection import LogicalBatches, TruncatedPoissonSampler
 from dpfa_hf.budget import PrivacyBudget, PrivacySpent
 from dpfa_hf.callbacks import PrivacyBudgetCallback
 from dpfa_hf.errors import PrivacyError
+from dpfa_hf.host_memory import freed_memory_kept
 from dpfa_hf.ledger import Ledger
 from dpfa_hf.noise import GaussianNoise
 from dpfa_hf.per_example import losses as per_example_losses
@@ -221,7 +222,8 @@ class DPTrainerMixin(_Base):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, PrivacyBudgetCallback):
                 callback.bind(self._run_budget, self.callback_handler.callbacks)
-        output = super().train(checkpoint, None, ignore_keys_for_eval, **kwargs)
+        with freed_memory_kept() if self.args.device.type == "cpu" else contextlib.nullcontext():
+            output = super().train(checkpoint, None, ignore_keys_for_eval, **kwargs)
         self._ledger.end_run(self._run_budget.run, "completed" if self._run_budget.exhausted else "stopped early")
         return output
 

@@ -33,7 +33,7 @@ _MAX_TEMPORARY = 2**20
 # Terms that one float32 product adds up; longer sums are made of several, because their error grows with their length.
 _MAX_TERMS = 256
 # Tokens that one product of the Gram form has on its left, so that little more than a triangle is computed.
-_GRAM_ROWS = 128
+_GRAM_ROWS = 64
 # Layers of which no row is long enough for the Gram form to be worth it: half the harmonic mean of their sides.
 _ALWAYS_TILES = 64
 # A matrix so many times as tall as wide is summed as its transpose: BLAS is several times faster so (LoRA's B).
