@@ -36,7 +36,11 @@ PAGES_OF_A_ROUND = 20 * 20_000_000 / 4096
 
 def pages_and_rest(mode: str, **environment: str) -> tuple[float, float]:
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, mode], capture_output=True, text=True, check=True, env={**environment, "PATH": ""}
+        [sys.executable, "-c", SCRIPT, mode],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**environment, "PATH": ""},
     )
     pages, rest = done.stdout.split()
     return float(pages), float(rest)
