@@ -3,7 +3,8 @@
 # make lint             ruff and mypy
 # make tables           run the tests of families and features, and write README's tables from their results
 # make compile-all      compile every kernel of the tile tables ahead of time, into benchmarks/results/
-# make bench            time and memory of training steps beside peers, into benchmarks/results/ and the README
+# make bench            time and memory of training steps beside peers, and of noise, into benchmarks/results/ and the
+#                       README
 # make bench-accuracy   five runs of the demo, into benchmarks/results/
 # make bench-attention  measurements of attention, into benchmarks/results/
 
@@ -60,6 +61,7 @@ lint: $(VENV)/.test
 	$(BIN)/python -m mypy
 
 bench: $(VENV)/.test
+	$(BIN)/python benchmarks/noise.py
 	$(BIN)/python benchmarks/training.py
 
 bench-accuracy: $(VENV)/.test

@@ -310,6 +310,8 @@ class PerExampleGradients:
         for name, parts in uses.items():
             if self.exact_sums:
                 parts = [part.double() for part in parts]
+            elif all(isinstance(part, layers.Outer) and part.narrow for part in parts):
+                uses[name] = parts = [part.written_out() for part in parts]
             squared[groups[name]] += layers.combined_squared_norm(parts)
             mass = sum((part.mass for part in parts[1:]), parts[0].mass)
             mass_squared[groups[name]] += mass.square()

@@ -170,6 +170,21 @@ class Outer:
         else:
             out.addmm_(left.t(), right)
 
+    @property
+    def narrow(self) -> bool:
+        """Whether the gradients are smaller than what they are made of, or not much larger, whatever the length."""
+        return not _may_be_gram(self.left.shape[-1], self.right.shape[-1]) and not fused(self.left, self.right)
+
+    def written_out(self) -> Dense:
+        """The same gradients, multiplied out in float32; their norm is then that of the very numbers that are added."""
+        dtype = compute_dtype(self.left)
+        grads = self.left.new_zeros(self._count, self.left.shape[-1], self.right.shape[-1], dtype=dtype)
+        for examples, left, right in self._blocks():
+            left, right = left.to(dtype).transpose(1, 2), right.to(dtype)
+            for t in range(0, right.shape[1], _MAX_TERMS):
+                grads[examples].baddbmm_(left[..., t : t + _MAX_TERMS], right[:, t : t + _MAX_TERMS])
+        return Dense(grads, self.mass)
+
     def zero_rows(self, keep: torch.Tensor) -> Outer:
         """The same with examples outside `keep` ([B] bool) set to zero, so that 0 * inf cannot make NaN (P15)."""
         drop = ~_by_token(keep, self.left, self.segments)
@@ -385,15 +400,18 @@ class Dense:
     """Per-example gradients written out, for parameters so small (biases, norms) that this costs nothing.
 
     Args:
-        grads: [B, *parameter shape]. Rules sum over positions in float64, so that no cancellation is lost.
+        grads: [B, *parameter shape]. Rules sum over positions in float64, so that no cancellation is lost; only matrices
+            that are written out are summed in float32.
+        mass_of_terms: [B] float64, what rounding errors follow, if the sum was not taken in float64.
     """
 
     grads: torch.Tensor
+    mass_of_terms: torch.Tensor | None = None
 
     @property
     def mass(self) -> torch.Tensor:
-        """[B] float64. The sum over positions was exact to float64, so its mass is its norm."""
-        return self.squared_norm().sqrt()
+        """[B] float64. A sum that was exact to float64 has its norm for its mass."""
+        return self.squared_norm().sqrt() if self.mass_of_terms is None else self.mass_of_terms
 
     def squared_norm(self) -> torch.Tensor:
         return self.grads.double().flatten(1).square().sum(1)

@@ -14,6 +14,7 @@ from dpfa_hf.errors import PrivacyError
 from dpfa_hf.per_example import layers, preflight
 from dpfa_hf.per_example.gradients import MAX_CANCELLATION, PerExampleGradients
 from dpfa_hf.per_example.layers import Dense, LayerCall, Lookup, Outer, combined_squared_norm, register_rule
+from dpfa_hf.per_example.packing import Segments
 
 BOUND = 1 + 2.0**-10
 KINDS = ("outer", "lookup", "dense")
@@ -133,24 +134,29 @@ def test_dropped_rows_are_zero_even_where_they_are_not_finite(kind: str) -> None
 # Cancellation: rounding errors follow the mass, the clipping factor follows the norm
 
 
-def cancelling(residue: float, length: int = 64) -> torch.Tensor:
+# Features in and out: of a matrix whose gradients are written out, and of one that has its norm from factors.
+NARROW, WIDE = (24, 16), (240, 160)
+
+
+def cancelling(residue: float, length: int = 64, features: int = 24) -> torch.Tensor:
     """One example whose tokens cancel to `residue` of their mass."""
     generator = torch.Generator().manual_seed(0)
-    half = torch.randn(1, length // 2, 24, generator=generator)
+    half = torch.randn(1, length // 2, features, generator=generator)
     return torch.cat([half, half.flip(1) * (1 + residue)], 1)
 
 
-def contribution(x: torch.Tensor, sign: torch.Tensor, scale: float = 1.0) -> float:
+def contribution(x: torch.Tensor, sign: torch.Tensor, scale: float = 1.0, out_features: int = 16) -> float:
     torch.manual_seed(0)
-    model = nn.Linear(24, 16, bias=False)
+    features = x.shape[2]
+    model = nn.Linear(features, out_features, bias=False)
 
     def loss(called: nn.Module, batch: Any) -> torch.Tensor:
         out = called(batch["x"])
-        direction = torch.randn(16, generator=torch.Generator().manual_seed(1))
+        direction = torch.randn(out_features, generator=torch.Generator().manual_seed(1))
         return (out @ direction * batch["sign"]).sum(1) * scale
 
     engine = PerExampleGradients(model, loss, clipping_norm=1.0)
-    check = {"x": torch.randn(3, 8, 24), "sign": torch.ones(3, 8)}
+    check = {"x": torch.randn(3, 8, features), "sign": torch.ones(3, 8)}
     preflight.check(engine, check)
     engine.accumulate({"x": x, "sign": sign})
     return float(engine.take()["weight"].double().norm())
@@ -158,17 +164,18 @@ def contribution(x: torch.Tensor, sign: torch.Tensor, scale: float = 1.0) -> flo
 
 @pytest.mark.parametrize("residue", [1e-1, 1e-3, 1e-5, 1e-7, 1e-9, 0.0])
 @pytest.mark.parametrize("length", [8, 64, 512])
-def test_tokens_that_cancel_still_contribute_at_most_c(residue: float, length: int) -> None:
+@pytest.mark.parametrize("shape", [NARROW, WIDE], ids=["narrow", "wide"])
+def test_tokens_that_cancel_still_contribute_at_most_c(shape: tuple[int, int], residue: float, length: int) -> None:
     sign = torch.cat([torch.ones(1, length // 2), -torch.ones(1, length // 2)], 1)
-    assert contribution(cancelling(residue, length), sign, scale=1e6) <= BOUND
+    assert contribution(cancelling(residue, length, shape[0]), sign, 1e6, shape[1]) <= BOUND
 
 
-def worst_contribution() -> float:
+def worst_contribution(shape: tuple[int, int]) -> float:
     worst = 0.0
     for residue in (1e-6, 1e-7, 3e-8, 1e-9, 0.0):
         for length in (64, 512):
             sign = torch.cat([torch.ones(1, length // 2), -torch.ones(1, length // 2)], 1)
-            worst = max(worst, contribution(cancelling(residue, length), sign, scale=1e6))
+            worst = max(worst, contribution(cancelling(residue, length, shape[0]), sign, 1e6, shape[1]))
     return worst
 
 
@@ -179,9 +186,37 @@ def without_rounding_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_bound_fails_without_the_cancellation_cap_and_the_rounding_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     """Either alone keeps these examples within C."""
     monkeypatch.setattr("dpfa_hf.per_example.gradients.MAX_CANCELLATION", float("inf"))
-    assert worst_contribution() <= BOUND
+    assert worst_contribution(WIDE) <= BOUND
     without_rounding_bounds(monkeypatch)
-    assert worst_contribution() > BOUND
+    assert worst_contribution(WIDE) > BOUND
+
+
+def test_a_gradient_that_is_written_out_needs_no_bound_because_it_is_what_is_added(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dpfa_hf.per_example.gradients.MAX_CANCELLATION", float("inf"))
+    without_rounding_bounds(monkeypatch)
+    assert worst_contribution(NARROW) <= 1 + 1e-6
+    monkeypatch.setattr(Outer, "narrow", False)  # the norm of one product, and another product in the sum
+    assert worst_contribution(NARROW) > BOUND
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_gradient_that_is_written_out_is_the_same_gradient(packed: bool) -> None:
+    use, full = make("outer", 0, 3, 4, 5, 6)
+    if packed:
+        segments = Segments(torch.tensor([0, 4, 8, 12]), total=12, longest=4)
+        use = Outer(use.left.flatten(0, 1), use.right.flatten(0, 1), segments)
+    written = use.written_out()
+    assert use.narrow
+    assert torch.allclose(written.grads.double(), full, rtol=1e-5, atol=1e-6)
+    assert torch.equal(written.mass, use.mass)
+
+
+def test_only_matrices_that_are_narrow_whatever_the_length_are_written_out() -> None:
+    for length in (1, 8, 4096):
+        assert Outer(torch.empty(1, length, 8), torch.empty(1, length, 4096)).narrow
+        assert not Outer(torch.empty(1, length, 768), torch.empty(1, length, 768)).narrow
 
 
 def largest_shortfall(length: int, rows: int, columns: int) -> float:
