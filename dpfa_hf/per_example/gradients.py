@@ -287,7 +287,9 @@ class PerExampleGradients:
                 if parameter.requires_grad:
                     name = self.parameters[id(parameter)][0]
                     uses.setdefault(name, []).append(gradients[own_name])
-        return uses
+        if self.exact_sums:  # which are in float64 from here on
+            return uses
+        return {name: layers.write_out_narrow(parts) for name, parts in uses.items()}
 
     def clipping_groups(self) -> dict[str, int]:
         """Parameter name -> clipping group. "per_layer": one group for each module that owns trainable parameters; a
@@ -310,8 +312,6 @@ class PerExampleGradients:
         for name, parts in uses.items():
             if self.exact_sums:
                 parts = [part.double() for part in parts]
-            elif all(isinstance(part, layers.Outer) and part.narrow for part in parts):
-                uses[name] = parts = [part.written_out() for part in parts]
             squared[groups[name]] += layers.combined_squared_norm(parts)
             mass = sum((part.mass for part in parts[1:]), parts[0].mass)
             mass_squared[groups[name]] += mass.square()

@@ -400,8 +400,8 @@ class Dense:
     """Per-example gradients written out, for parameters so small (biases, norms) that this costs nothing.
 
     Args:
-        grads: [B, *parameter shape]. Rules sum over positions in float64, so that no cancellation is lost; only matrices
-            that are written out are summed in float32.
+        grads: [B, *parameter shape]. Rules sum over positions in float64, so that no cancellation is lost; only
+            matrices that are written out are summed in float32.
         mass_of_terms: [B] float64, what rounding errors follow, if the sum was not taken in float64.
     """
 
@@ -451,6 +451,12 @@ def combined_squared_norm(uses: Sequence[PerExampleGradient]) -> torch.Tensor:
         return (outer[0].squared_norm() + lookup[0].squared_norm() + 2 * cross).clamp_min_(0)
     examples = range(uses[0].mass.shape[0])
     return torch.stack([sum((use.example(i) for use in uses[1:]), uses[0].example(i)).square().sum() for i in examples])
+
+
+def write_out_narrow(uses: list[PerExampleGradient]) -> list[PerExampleGradient]:
+    """A narrow matrix's uses, written out; others as they are."""
+    outer = [use for use in uses if isinstance(use, Outer) and use.narrow]
+    return [use.written_out() for use in outer] if len(outer) == len(uses) else uses
 
 
 def merge_uses(uses: Sequence[PerExampleGradient]) -> list[PerExampleGradient]:
