@@ -3,7 +3,8 @@
 Forward hooks keep every trainable layer's input and a handle on its output; one `torch.autograd.grad` of the summed
 per-example losses yields the outputs' gradients and no weight gradients; norms and clipped sums then follow from
 (input, output gradient) by the rules of `layers.py` ("book-keeping": Bu et al. 2022, arXiv:2210.00038). Norm and
-contribution come from the same forward pass, so from the same dropout masks (P13).
+contribution come from the same forward pass, so from the same dropout masks (P13). Clipped layer by layer, a layer is
+done with as soon as its gradient arrives, and dropped (`streaming.py`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from dpfa_hf.errors import PrivacyError
 from dpfa_hf.per_example import layers, packing
 from dpfa_hf.per_example.layers import LayerCall, PerExampleGradient
+from dpfa_hf.per_example.streaming import Stream, Uses, changed_in_place
 
 # Largest ratio of an example's mass (sum of |left_t| |right_t|) to the norm it is clipped by. Beyond it, float32 sums
 # would round off a visible part of C; such an example is scaled by its mass instead. Ordinary rows stay far below.
@@ -49,7 +51,6 @@ class Statistics(Protocol):
 @dataclass
 class _Capture:
     name: str
-    module: nn.Module
     inputs: tuple
     kwargs: dict
     versions: list[tuple[torch.Tensor, int]]
@@ -75,7 +76,8 @@ class PerExampleGradients:
         Adding, removing or replacing one example by nothing changes the sum over any set of calls of `accumulate`
         between two `take`s by at most C (1 + slack) in l2 norm over the whole trainable vector, where slack is
         `plan.sensitivity_slack` (rounding; P14, P15), provided that `preflight.check` passed for this model and loss.
-        A non-finite example adds exactly zero.
+        An example whose loss is not finite adds exactly zero, and in each clipping group, so does one whose gradient in
+        that group is not finite; only "per_layer" has more groups than one.
     """
 
     def __init__(
@@ -98,6 +100,9 @@ class PerExampleGradients:
         if not self.parameters:
             raise PrivacyError("model has no trainable parameter; set requires_grad on some, or add an adapter")
         self._layers = covered_layers(model)
+        self._groups = self.clipping_groups()
+        self._stream: Stream | None = None
+        self._in_rule = False  # a rule may call its layer, at which the hooks must not look
         self._sums: dict[str, torch.Tensor] = {}
         self._captures: list[_Capture] | None = None
         self._batch_size = 0
@@ -114,17 +119,19 @@ class PerExampleGradients:
         document is not finite, all are computed again, each in a row of its own: an attention weight of zero times a
         neighbour's infinity is no number.
 
-        Raises whatever the model raises; nothing has been added to the sum then, or, of a packed row that was computed
-        again, what came before.
+        Raises whatever the model raises. Nothing has been added to the sum then, or, of a packed row that was computed
+        again, what came before; but where "per_layer" adds several rows during their backward pass, its exceptions
+        leave a sum that `take` refuses: `discard` it and begin again, row by row.
         """
         if not self.layouts:
             raise PrivacyError("the model was not checked on synthetic rows; call preflight.check(engine, ...) first")
+        if self._may_stream(batch):
+            return self._accumulate_by_group(batch)
         with self.attached(), torch.enable_grad():
             losses, calls = self.backward(batch)
         with _exact_matmul():
             uses = self._uses(calls)
-            norms = self.norms(uses, len(losses), losses.device)
-            norms.masked_fill_(~torch.isfinite(losses), math.inf)  # such an example adds zero, whatever its gradient
+            norms = self._norms_or_infinity(uses, torch.isfinite(losses))
         if self._entangled(norms):
             return torch.cat([self.accumulate(document) for document in packing.split(batch)])
         with _exact_matmul():
@@ -134,6 +141,49 @@ class PerExampleGradients:
                 self.statistics.add(losses.detach(), norms, self.clipping_norm)
             self._add(uses, norms)
             self._adding = False
+        return losses.detach()
+
+    def _may_stream(self, batch: Batch) -> bool:
+        """Whether groups may be added before it is known that the rest of the backward pass succeeds.
+
+        Not for packed rows, which may have to be taken apart, nor for a row alone: it must add all or nothing, because
+        alone is how rows are tried again after an exception.
+        """
+        return self.clipping == "per_layer" and not packing.is_packed(batch) and batch_size(batch) > 1
+
+    def _accumulate_by_group(self, batch: Batch) -> torch.Tensor:
+        """As `accumulate`, but each clipping group is added as soon as the backward pass has its last gradient."""
+        self._refuse_interrupted()
+        groups_of = {
+            layer: {self._groups[self.parameters[id(p)][0]] for p in _trainable(module).values()}
+            for layer, module in self._layers.items()
+        }
+
+        def uses(layer: str, args: tuple, kwargs: dict[str, Any], grad: torch.Tensor) -> Uses:
+            self._in_rule = True
+            try:
+                with _exact_matmul():
+                    return self._uses([self._call(layer, args, kwargs, grad)])
+            finally:
+                self._in_rule = False
+
+        def add(group: int, uses: Uses) -> None:
+            with _exact_matmul():
+                found = self._norms_or_infinity(uses, finite)
+                norms[group] = found[group]
+                self._add(uses, found)
+
+        self._stream = Stream(self._groups, groups_of, uses, add)
+        with self.attached(), torch.enable_grad():
+            losses = self._losses(batch)
+            finite = torch.isfinite(losses)
+            norms = self._norms_or_infinity({}, finite)
+            self._adding = True
+            self._stream.backward(losses)
+        with _exact_matmul():
+            if self.statistics is not None:
+                self.statistics.add(losses.detach(), norms, self.clipping_norm)
+        self._adding = False
         return losses.detach()
 
     def _entangled(self, norms: torch.Tensor) -> bool:
@@ -184,23 +234,16 @@ class PerExampleGradients:
         finally:
             for handle in handles:
                 handle.remove()
-            self._captures = None
+            self._captures = self._stream = None
 
     def backward(
         self, batch: Batch, *, infer_layouts: bool = False, retain_graph: bool = False
     ) -> tuple[torch.Tensor, list[LayerCall]]:
         """Losses [B] and the layer calls with their output gradients; inside `attached`."""
-        self._batch_size, self._segments = batch_size(batch), packing.Segments.of(batch)
-        self._infer_layouts = infer_layouts
         captures: list[_Capture] = []
         self._captures = captures
-        losses = self.loss(self.model, batch)
+        losses = self._losses(batch, infer_layouts)
         self._captures = None
-        if losses.shape != (self._batch_size,):
-            raise PrivacyError(
-                f"the per-example loss has shape {tuple(losses.shape)}, not ({self._batch_size},): return one loss per "
-                "example (per_example_loss_fn)"
-            )
         grads: tuple = ()
         if captures and losses.requires_grad:
             edges = [capture.output for capture in captures]
@@ -210,29 +253,40 @@ class PerExampleGradients:
             if grad is None:
                 continue
             if any(tensor._version != version for tensor, version in capture.versions):
-                raise PrivacyError(
-                    f"{capture.name}: its input was changed in place after the layer had read it; the layer's gradient "
-                    "cannot be found. Write the operation out of place or freeze the layer"
-                )
-            inputs, layout = (capture.inputs, capture.kwargs), self.layouts.get(capture.name, layers.BATCHED)
-            calls.append(
-                LayerCall(capture.module, *inputs, grad, self._batch_size, layout, capture.name, self._segments)
-            )
+                raise changed_in_place(capture.name)
+            calls.append(self._call(capture.name, capture.inputs, capture.kwargs, grad))
         return losses, calls
+
+    def _losses(self, batch: Batch, infer_layouts: bool = False) -> torch.Tensor:
+        """[B], of a forward pass inside `attached`."""
+        self._batch_size, self._segments = batch_size(batch), packing.Segments.of(batch)
+        self._infer_layouts = infer_layouts
+        losses = self.loss(self.model, batch)
+        if losses.shape != (self._batch_size,):
+            raise PrivacyError(
+                f"the per-example loss has shape {tuple(losses.shape)}, not ({self._batch_size},): return one loss per "
+                "example (per_example_loss_fn)"
+            )
+        return losses
+
+    def _call(self, name: str, inputs: tuple, kwargs: dict[str, Any], grad: torch.Tensor) -> LayerCall:
+        layout = self.layouts.get(name, layers.BATCHED)
+        return LayerCall(self._layers[name], inputs, kwargs, grad, self._batch_size, layout, name, self._segments)
 
     def _hook(self, name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor | None:
-            if not self._batch_size or not torch.is_grad_enabled() or not output.requires_grad:
+            if self._in_rule or not self._batch_size or not torch.is_grad_enabled() or not output.requires_grad:
                 return None
             replaced = None
             if self._layout(name, output) == layers.SHARED:
                 unbatched = output if output.shape[0] == 1 and output.dim() > 2 else output[None]
                 output = replaced = unbatched.expand(self._batch_size, *unbatched.shape[1:])
+            if self._stream is not None:
+                return self._stream.tap(name, args, kwargs, output)
             if self._captures is not None:
                 detach = _Detach()
                 inputs, keywords = tuple(map(detach, args)), {k: detach(v) for k, v in kwargs.items()}
-                capture = _Capture(name, module, inputs, keywords, detach.versions, get_gradient_edge(output))
-                self._captures.append(capture)
+                self._captures.append(_Capture(name, inputs, keywords, detach.versions, get_gradient_edge(output)))
             return replaced
 
         return hook
@@ -275,18 +329,16 @@ class PerExampleGradients:
 
     # ---- norms and sums ---------------------------------------------------------------------------------------------
 
-    def _uses(self, calls: list[LayerCall]) -> dict[str, list[PerExampleGradient]]:
+    def _uses(self, calls: list[LayerCall]) -> Uses:
         """By parameter name, the per-example gradients of every use of it; tied weights meet here."""
-        uses: dict[str, list[PerExampleGradient]] = {}
+        uses: Uses = {}
         while calls:
             call = calls.pop()
             rule = layers.find_rule(call.module)
             assert rule is not None
             gradients = rule(call)
-            for own_name, parameter in call.module.named_parameters(recurse=False, remove_duplicate=False):
-                if parameter.requires_grad:
-                    name = self.parameters[id(parameter)][0]
-                    uses.setdefault(name, []).append(gradients[own_name])
+            for own_name, parameter in _trainable(call.module).items():
+                uses.setdefault(self.parameters[id(parameter)][0], []).append(gradients[own_name])
         if self.exact_sums:  # which are in float64 from here on
             return uses
         return {name: layers.write_out_narrow(parts) for name, parts in uses.items()}
@@ -305,7 +357,7 @@ class PerExampleGradients:
 
     def norms(self, uses: Mapping[str, list[PerExampleGradient]], size: int, device: torch.device) -> torch.Tensor:
         """[groups, B] float64: what each example is clipped by in each group, its norm or, if larger, mass / 256."""
-        groups = self.clipping_groups()
+        groups = self._groups
         shape = (max(groups.values()) + 1, size)
         squared = torch.zeros(shape, dtype=torch.float64, device=device)
         mass_squared = torch.zeros(shape, dtype=torch.float64, device=device)
@@ -317,9 +369,13 @@ class PerExampleGradients:
             mass_squared[groups[name]] += mass.square()
         return torch.maximum(squared.sqrt(), mass_squared.sqrt() / MAX_CANCELLATION)
 
+    def _norms_or_infinity(self, uses: Uses, finite: torch.Tensor) -> torch.Tensor:
+        """`norms`, infinite where a loss is not `finite` ([B] bool): it adds zero, whatever its gradient."""
+        return self.norms(uses, len(finite), finite.device).masked_fill_(~finite, math.inf)
+
     def coefficients(self, norms: torch.Tensor) -> torch.Tensor:
-        """[groups, B] float64: what each example is multiplied by; 0 where its norm is not finite in any group, or so
-        large that float32 cannot hold the coefficient (P15).
+        """[groups, B] float64: what each example is multiplied by in each group; 0 where its norm there is not finite,
+        or so large that float32 cannot hold the coefficient (P15).
 
         Each group's share of C is C / sqrt(groups), so that the whole is within C (P12).
         """
@@ -329,13 +385,13 @@ class PerExampleGradients:
         else:
             scale = share / norms.clamp_min(share)
         # Below float32's smallest normal number a coefficient would be rounded by far more than the slack, upwards too.
-        usable = torch.isfinite(norms).all(0) & (scale >= torch.finfo(torch.float32).tiny)
+        usable = torch.isfinite(norms) & (scale >= torch.finfo(torch.float32).tiny)
         return torch.where(usable, scale, 0.0)
 
-    def _add(self, uses: dict[str, list[PerExampleGradient]], norms: torch.Tensor) -> None:
-        groups = self.clipping_groups()
+    def _add(self, uses: Uses, norms: torch.Tensor) -> None:
+        groups = self._groups
         weights = self.coefficients(norms)
-        keep = torch.isfinite(norms).all(0)
+        keep = torch.isfinite(norms)
         all_finite = bool(keep.all())
         while uses:
             name, parts = uses.popitem()
@@ -345,7 +401,7 @@ class PerExampleGradients:
             total = self._sums[name]
             for part in parts:
                 if not all_finite:
-                    part = part.zero_rows(keep)
+                    part = part.zero_rows(keep[groups[name]])
                 if self.exact_sums:
                     part = part.double()
                 view = total.view(total.shape[0], -1) if isinstance(part, layers.Outer) else total
@@ -409,7 +465,7 @@ def covered_layers(model: nn.Module) -> dict[str, nn.Module]:
     uncovered: list[tuple[str, nn.Module, dict[str, nn.Parameter]]] = []
     covered: set[int] = set()
     for name, module in model.named_modules():
-        own = {n: p for n, p in module.named_parameters(recurse=False, remove_duplicate=False) if p.requires_grad}
+        own = _trainable(module)
         if not own:
             continue
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -432,6 +488,12 @@ def covered_layers(model: nn.Module) -> dict[str, nn.Module]:
                 f"{', '.join(missing)}); freeze it with requires_grad_(False) or add one with dpfa_hf.register_rule"
             )
     return found
+
+
+def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """A module's own trainable parameters, tied ones too."""
+    own = module.named_parameters(recurse=False, remove_duplicate=False)
+    return {name: parameter for name, parameter in own if parameter.requires_grad}
 
 
 def _token_dimensions(output: torch.Tensor, total: int) -> list[int]:
