@@ -190,6 +190,14 @@ class PrivacyArguments:
             "by the operating system but not cryptographic, and the report says so."
         },
     )
+    floating_point: Literal["snapped", "hardened"] = field(
+        default="snapped",
+        metadata={
+            "help": "Which numbers epsilon is for. snapped: real ones; the noised sum is rounded to a grid. hardened: "
+            "those in the machine, with sums in float64 and exactly rounded noise. On the CPU, with "
+            "per_device_train_batch_size=1; slower and of twice the memory for sums, at about the same epsilon."
+        },
+    )
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -258,6 +266,11 @@ class PrivacyArguments:
                     f"{name} is only for clipping='adaptive', not {self.clipping!r}; drop it or set "
                     "clipping='adaptive'."
                 )
+        if self.floating_point == "hardened" and self.noise_generator != "chacha20":
+            raise PrivacyError(
+                f"floating_point='hardened' needs as many random bits as a rounding takes, which noise_generator="
+                f"{self.noise_generator!r} does not have; set noise_generator='chacha20'."
+            )
         if self.accountant == "rdp" and self.adjacency != "zero_out":
             raise PrivacyError(
                 "accountant='rdp' cannot account for adjacency='replace_one' under Poisson sampling; use "

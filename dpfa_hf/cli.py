@@ -147,6 +147,10 @@ def plan(
         float, typer.Option(help="Weight of the private loss curve, which has a price; 0 for none.")
     ] = 0.08,
     accountant: Annotated[str, typer.Option(callback=_one_of("pld", "rdp"), help="pld (tight), or rdp.")] = "pld",
+    floating_point: Annotated[
+        str,
+        typer.Option(callback=_one_of("snapped", "hardened"), help="hardened: epsilon for finite precision, on CPUs."),
+    ] = "snapped",
     measure: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="Instead, find how many rows of this model fit into memory."),
@@ -214,6 +218,7 @@ def plan(
                 max_batch_size=max_batch_size,
                 adjacency=adjacency,  # type: ignore[arg-type]
                 accountant=accountant,  # type: ignore[arg-type]
+                floating_point=floating_point,  # type: ignore[arg-type]
             )
             row |= _planned(arguments, num_units, batch, steps)
         except PrivacyError as error:

@@ -138,6 +138,7 @@ class GaussianNoise:
             "key": "NOT PRIVATE: seeded by the caller" if self.seeded_by_caller else "operating system, new every step",
             "standard_deviation": self.standard_deviation,
             "grid": self.grid,
+            "floating_point_mode": self.floating_point,
             "floating_point": (
                 "results are the ideal Gaussian's, rounded to the grid; epsilon needs a sensitivity that covers the "
                 "rounding errors of clipping and summing"

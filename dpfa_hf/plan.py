@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, get_type_hints
 
 from dpfa_hf.errors import PrivacyError
+from dpfa_hf.rounding import contribution_error, summation_error
 
 # A float32 norm, and the scale factor made from it, are right to a few parts in 2**-23 times the root of the depth of
 # the sum; 2**-12 leaves room for the sums over d coordinates that a norm is made of.
@@ -20,15 +21,18 @@ _PER_EXAMPLE_ROUNDING = 2.0**-12
 _SUMMATION_ROUNDING = 2.0**-21
 
 
-def sensitivity_slack(max_batch_size: int) -> float:
-    """The part of C by which float32 rounding may lengthen one unit's influence on the clipped sum (P15).
+def sensitivity_slack(max_batch_size: int, floating_point: str = "snapped") -> float:
+    """The part of C by which rounding may lengthen one unit's influence on the clipped sum (P15, P18).
 
-    Per-example rounding (2**-12) plus twice the summation error of `max_batch_size` addends (2**-21 each).
+    "snapped": what float32 is declared to do, per-example rounding (2**-12) plus twice the summation error of
+    `max_batch_size` addends (2**-21 each). "hardened": what float64 is proven to do, see `dpfa_hf.rounding`.
 
     Guarantee: the accountant is given sigma / (1 + slack), that is, noise of sigma * C against a sensitivity of
     (1 + slack) * C, so an engine whose norms and sums stay within the slack has the epsilon that is printed. (A joint
     sensitivity above C multiplies both; only its gradient part is summed in float32.)
     """
+    if floating_point == "hardened":
+        return contribution_error() + 2 * summation_error(1.0, examples=max_batch_size)
     return _PER_EXAMPLE_ROUNDING + 2 * max_batch_size * _SUMMATION_ROUNDING
 
 
@@ -61,6 +65,7 @@ class PrivacyPlan:
             none.
         private_loss_weight: beta, largest value of a unit's loss coordinate in units of C; 0 for none.
         private_loss_max: the loss at which that coordinate is largest; larger ones count as this one.
+        floating_point: "snapped" (epsilon is for real arithmetic) or "hardened" (for the numbers in the machine).
         sensitivity_slack: rounding allowance on C, see `sensitivity_slack()`.
         max_steps: T_max, the last step that may be charged.
         delta: delta of the guarantee.
@@ -90,6 +95,7 @@ class PrivacyPlan:
     clipping_quantile_weight: float
     private_loss_weight: float
     private_loss_max: float
+    floating_point: str
     sensitivity_slack: float
     max_steps: int
     delta: float
@@ -124,6 +130,7 @@ class PrivacyPlan:
                 0 <= self.private_loss_max < math.inf and (self.private_loss_max > 0 or self.private_loss_weight == 0)
             ),
             "sensitivity_slack": 0 <= self.sensitivity_slack < math.inf,
+            "floating_point": self.floating_point in ("snapped", "hardened"),
             "max_steps": self.max_steps >= 1,
             "delta": 0 < self.delta < 1 / max(self.num_units, 1),
             "truncation_delta": 0 <= self.truncation_delta < self.delta,

@@ -276,7 +276,11 @@ def _refuse_contradictions(
     if plan.clipping != "adaptive" and clipping_norm != plan.clipping_norm:
         raise PrivacyError(f"clipping_norm={clipping_norm} is not the plan's {plan.clipping_norm}; clip to the plan's.")
     deviation = plan.noise_standard_deviation_at(clipping_norm)
-    planned = {"standard_deviation": deviation, "generator": plan.noise_generator}
+    planned = {
+        "standard_deviation": deviation,
+        "generator": plan.noise_generator,
+        "floating_point_mode": plan.floating_point,
+    }
     for name, value in planned.items():
         if noise.get(name, value) != value:
             raise PrivacyError(f"noise has {name}={noise[name]!r}, the plan {value!r}; build the noise from the plan.")
@@ -345,7 +349,7 @@ def _assumptions(
         "Training stops at the last planned step, and every step is in the ledger before its noise is drawn": ENFORCED,
         "The loss of one unit depends on that unit alone (tried on synthetic rows before step 1)": TESTED,
         "Per-unit gradients equal autograd's (tried on synthetic rows before step 1)": TESTED,
-        "Rounding in float32 stays within the sensitivity slack": TESTED,
+        **_rounding_assumptions(plan, drawn),
         "A person's data are in one unit; somebody in several units has less protection": WORD,
         "Nothing was computed from private rows before step 1 (filters, class weights, adapter initialisation)": WORD,
         "The base model was not trained on these data": WORD,
@@ -367,12 +371,30 @@ def _assumptions(
         found["Evaluation on private data steers nothing"] = ENFORCED
         found["Evaluation results on private data were not published"] = WORD
     found |= {
-        "Epsilon is for real arithmetic; the noised sum is snapped to a grid; finite precision is unproved": UNASSESSED,
-        "A row's forward pass rounds alike whatever its neighbours (bfloat16: moved a sum by 0.008 C)": UNASSESSED,
         "Nobody learns from how long a step takes or how much memory it needs": UNASSESSED,
         "An empirical audit (an attack on the trained model) agrees with epsilon": UNASSESSED,
     }
     return [{"assumption": assumption, "status": status} for assumption, status in found.items()]
+
+
+def _rounding_assumptions(plan: PrivacyPlan, drawn: str) -> dict[str, str]:
+    """P18: what epsilon is for, and what that takes for granted."""
+    if plan.floating_point == "hardened":
+        return {
+            "Epsilon is for the numbers in the machine: the noise is the ideal Gaussian's, rounded to a grid": drawn,
+            "Rounding of norms and sums, in float64, stays within the sensitivity slack in the worst case": ENFORCED,
+            "A row, computed alone, gives the same bits whatever came before it (tried on synthetic rows)": TESTED,
+            "Arithmetic is IEEE 754's, and matrix products multiply and add, in whatever order": UNASSESSED,
+            "PyTorch's float64 log, sine and cosine are right to 2^-42, and mpmath's intervals enclose": UNASSESSED,
+            "Nobody breaks ChaCha20": UNASSESSED,
+            "Units are drawn with probability q but for the rounding of float64 logarithms": UNASSESSED,
+            "Dropout's masks, if there are any, are as good as independent (PyTorch's generator)": UNASSESSED,
+        }
+    return {
+        "Rounding in float32 stays within the sensitivity slack": TESTED,
+        "Epsilon is for real arithmetic; the noised sum is snapped to a grid; finite precision is unproved": UNASSESSED,
+        "A row's forward pass rounds alike whatever its neighbours (bfloat16: moved a sum by 0.008 C)": UNASSESSED,
+    }
 
 
 def _base_model(name: str | None) -> tuple[str | None, str]:
@@ -477,6 +499,9 @@ def _section(report: Mapping[str, Any]) -> str:
         total = f"ε = {_up(dataset['epsilon'])}, δ = {_up(dataset['delta'])}"
     name = "this fingerprint only (the data set was given no name)" if dataset["name"] is None else dataset["name"]
     strength = "" if noise.get("cryptographic", True) else " (not cryptographic)"
+    precision = "ε is for real arithmetic, the noised sum is snapped to a grid"
+    if report["plan"]["floating_point"] == "hardened":
+        precision = "ε is for finite precision, on the assumptions below; the noised sum is rounded to a grid"
     base = f"{model['base_model']} ({model['base_model_origin']})" if model["base_model"] else "not stated"
     numbers = {
         "ε (privacy loss of this run, all planned steps)": epsilon,
@@ -498,8 +523,7 @@ def _section(report: Mapping[str, Any]) -> str:
         "Steps": f"{steps['charged']} taken of {steps['planned']} planned; ε is that of all planned steps",
         "Loss": mechanism["loss"],
         "Accountant": f"{accountant['name']} ({accountant['version']})",
-        "Noise generator": f"{noise.get('generator', 'not stated')}{strength}; ε is for real arithmetic, "
-        "the noised sum is snapped to a grid",
+        "Noise generator": f"{noise.get('generator', 'not stated')}{strength}; {precision}",
         "Trained": f"{model['trainable_parameters']:,} of {model['total_parameters']:,} parameters"
         + (f" (adapter: {model['adapter']})" if model["adapter"] else ""),
         "Base model": base,

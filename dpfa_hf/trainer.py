@@ -153,6 +153,7 @@ class DPTrainerMixin(_Base):
             clipping_norm=plan.clipping_norm,
             clipping="flat" if plan.clipping == "adaptive" else plan.clipping,
             statistics=self._statistics,
+            exact_sums=plan.floating_point == "hardened",
         )
         self._sampler = self._new_sampler()
         self._noise = self._new_noise(plan.clipping_norm)
@@ -170,7 +171,11 @@ class DPTrainerMixin(_Base):
 
     def _new_noise(self, clipping_norm: float) -> GaussianNoise:
         plan = self.privacy_plan
-        return GaussianNoise(plan.noise_standard_deviation_at(clipping_norm), generator=plan.noise_generator)
+        return GaussianNoise(
+            plan.noise_standard_deviation_at(clipping_norm),
+            generator=plan.noise_generator,
+            floating_point=plan.floating_point,
+        )
 
     def _keep_one_budget_callback(self) -> None:
         ours = [c for c in self.callback_handler.callbacks if isinstance(c, PrivacyBudgetCallback)]
@@ -333,6 +338,11 @@ class DPTrainerMixin(_Base):
             documents=self.privacy_plan.privacy_unit == "document",
         )
         self._packed = packing.is_packed(batch)
+        if self._packed and self.privacy_plan.floating_point == "hardened":
+            raise PrivacyError(
+                "data_collator packs documents, and floating_point='hardened' computes each in a row of its own: use "
+                "one that pads, such as DataCollatorForLanguageModeling, or floating_point='snapped'"
+            )
         batch = dict(self._prepare_inputs(batch))
         with self.accelerator.autocast():
             preflight.check(
@@ -674,10 +684,21 @@ def _refuse_arguments(args: TrainingArguments, privacy_args: PrivacyArguments) -
         value = getattr(args, name, "")
         return str(getattr(value, "value", value))
 
+    hardened = privacy_args.floating_point == "hardened"
     public = privacy_args.eval_data == "public"
     accelerator = getattr(args, "accelerator_config", None)
     steered = "; private data must not steer training: pass eval_data='public' if it is public, or drop it"
     checks = {
+        "per_device_train_batch_size": (
+            hardened and args.per_device_train_batch_size != 1,
+            f"is {args.per_device_train_batch_size}, and rows that share a micro-batch round each other's numbers; set "
+            "it to 1 (expected_batch_size is the batch), or floating_point='snapped'",
+        ),
+        "use_cpu": (
+            hardened and args.device.type != "cpu",
+            f"is off, and floating_point='hardened' is for the CPU alone, not {args.device.type}; set it to True, or "
+            "floating_point='snapped'",
+        ),
         "auto_find_batch_size": (
             is_set("auto_find_batch_size"),
             "repeats steps depending on the data; set per_device_train_batch_size to what fits",
@@ -807,6 +828,8 @@ def _refuse_trainer(trainer: Any, privacy_args: PrivacyArguments, loss_fn: PerEx
     for callback in trainer.callback_handler.callbacks:
         _refuse_callback(type(callback), privacy_args)
     _refuse_adapter(trainer.model)
+    if privacy_args.floating_point == "hardened":
+        _refuse_wide(trainer.model)
 
 
 def _refuse_dataset(dataset: Any) -> None:
@@ -842,6 +865,16 @@ def _refuse_adapter(model: nn.Module) -> None:
             raise PrivacyError(
                 f"LoraConfig.init_lora_weights={config.init_lora_weights!r} computes the adapter from data before "
                 "step 1; use True, 'gaussian' or 'pissa'"
+            )
+
+
+def _refuse_wide(model: nn.Module) -> None:
+    """What `dpfa_hf.rounding` does not cover."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.device.type != "cpu" or tensor.dtype in (torch.float64, torch.complex128):
+            raise PrivacyError(
+                f"{name} is {tensor.dtype} on {tensor.device.type}, and floating_point='hardened' is proven for 32 "
+                "bits or fewer on the CPU; convert the model with .float().cpu(), or use floating_point='snapped'"
             )
 
 

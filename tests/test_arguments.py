@@ -40,6 +40,7 @@ DEFAULTS: dict[str, Any] = {
     "eval_data": None,
     "log_private_metrics": False,
     "noise_generator": "chacha20",
+    "floating_point": "snapped",
 }
 
 # (the field that the message must name, the wrong use)
@@ -72,6 +73,8 @@ WRONG_USES: list[tuple[str, dict[str, Any]]] = [
     *(("adjacency", {"adjacency": value}) for value in ("add_remove", None, 2)),
     *(("accountant", {"accountant": value}) for value in ("prv", None, 2)),
     *(("noise_generator", {"noise_generator": value}) for value in ("numpy", None, 2)),
+    *(("floating_point", {"floating_point": value}) for value in ("exact", None, 2)),
+    ("noise_generator", {"floating_point": "hardened", "noise_generator": "torch"}),
     *(("eval_data", {"eval_data": value}) for value in ("secret", "", True, 1)),
     *(("log_private_metrics", {"log_private_metrics": value}) for value in (None, 1, "yes")),
     *(("ledger", {"ledger": value}) for value in ("", "ledger.db", 3, b"sqlite://")),
@@ -115,6 +118,7 @@ def test_each_wrong_use_is_one_line_that_names_the_field(field: str, wrong: dict
         {"privacy_unit": "document"},
         {"adjacency": "replace_one"},
         {"accountant": "rdp"},
+        {"floating_point": "hardened"},
         {"expected_batch_size": 64, "sampling_probability": 1.0, "max_batch_size": 3},
         {"ledger": "sqlite:///:memory:", **BUDGET},
         {"eval_data": "public", "log_private_metrics": True, "clipping": "per_layer", "noise_generator": "torch"},

@@ -140,6 +140,14 @@ def test_plan_gives_the_numbers_that_training_would_use() -> None:
     assert row["noise_per_example"] == 1.0 / 200 and row["refused"] is None and result.exit_code == 0
 
 
+def test_plan_knows_the_hardened_mode() -> None:
+    arguments = (*QUICK_PLAN, "--target-epsilon", "8", "--expected-batch-size", "200", "--json")
+    snapped, hardened = (
+        json.loads(dpfa(*arguments, "--floating-point", mode).stdout)[0]["epsilon"] for mode in ("snapped", "hardened")
+    )
+    assert hardened < snapped < hardened * 1.001
+
+
 def test_plan_prints_what_loss_curve_and_adaptive_clipping_cost() -> None:
     arguments = (*QUICK_PLAN, "--target-epsilon", "8", "--expected-batch-size", "200")
 

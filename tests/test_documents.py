@@ -424,6 +424,17 @@ def test_position_ids_in_the_data_are_refused_for_documents(tmp_path: Path) -> N
         make(tmp_path, rows=Documents(rows))
 
 
+def test_the_hardened_mode_takes_documents_that_are_padded_and_none_that_are_packed(tmp_path: Path) -> None:
+    parts: dict[str, Any] = {
+        "args": training_args(tmp_path, per_device_train_batch_size=1),
+        "privacy_args": privacy(tmp_path, floating_point="hardened"),
+    }
+    with pytest.raises(PrivacyError, match="packs documents.*one that pads") as caught:
+        make(tmp_path, **parts).train()
+    assert "\n" not in str(caught.value)
+    make(tmp_path, data_collator=padding, **parts).train()
+
+
 def test_a_task_that_pools_a_row_cannot_be_packed(tmp_path: Path) -> None:
     config = tf.LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,

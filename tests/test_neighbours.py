@@ -23,6 +23,7 @@ from dpfa_hf.batch_selection import LogicalBatches, TruncatedPoissonSampler
 from dpfa_hf.ledger import Ledger
 from dpfa_hf.per_example import gradients, layers, losses, preflight
 from dpfa_hf.per_example.gradients import PerExampleGradients
+from dpfa_hf.rounding import summation_error
 from dpfa_hf.statistics import StepStatistics
 
 Row = dict[str, Any]
@@ -166,13 +167,15 @@ def hostile_rows(family: Family) -> dict[str, Row]:
     }
 
 
-def make_engine(family: Family, *, loss: Callable | None = None) -> PerExampleGradients:
+def make_engine(family: Family, *, loss: Callable | None = None, exact_sums: bool = False) -> PerExampleGradients:
     torch.manual_seed(0)
     model = family.build()
     model.train()
     task = losses.task_of(model)
     own_loss = losses.per_example_loss(model, task)
-    engine = PerExampleGradients(model, loss or own_loss, clipping_norm=1.0, clipping=family.clipping)
+    engine = PerExampleGradients(
+        model, loss or own_loss, clipping_norm=1.0, clipping=family.clipping, exact_sums=exact_sums
+    )
     checked = PerExampleGradients(model, own_loss, clipping_norm=1.0)
     preflight.check(checked, preflight.synthetic_batch(model, task, {}))
     engine.layouts = checked.layouts
@@ -452,6 +455,82 @@ def worst_image(value: float) -> float:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38, 1e20])
 def test_an_image_that_overflows_moves_the_sum_no_further_than_c(value: float) -> None:
     assert worst_image(value) <= (SLACK if math.isfinite(value) else 1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The hardened mode: what a newcomer changes is its own contribution, to the last bits of float64 (P18)
+
+HARDENED = ["bert", "bert per layer", "bert automatic", "gpt2 tied", "lora bfloat16"]
+
+
+def change_beside_its_own(name: str, regime: str, *, micro_batch: int = 1, exact_sums: bool = True) -> float:
+    """How far a newcomer changes gradient and statistics beyond what it adds when it is alone, over the bound."""
+    family = FAMILIES[name]
+    engine = make_engine(family, exact_sums=exact_sums)
+    bystanders = JOINT_REGIMES[regime](engine, family, 9)
+    engine.statistics = statistics_for(family)
+
+    def total(rows: list[Row]) -> torch.Tensor:
+        return clipped_sum(engine, rows, micro_batch, autocast=family.autocast)
+
+    without, c = total([*bystanders, ABSENT]), engine.clipping_norm
+    beside = max(
+        distance(total([*bystanders, row]) - without, total([row]), 1.0)
+        for row in (*hostile_rows(family).values(), bystanders[0])
+    )
+    # A tied head and its embedding add up to two terms a position.
+    one, all_of_them = (summation_error(c, examples=n, terms=2 * LENGTH) for n in (1, 10))
+    return beside / (2 * all_of_them + one)
+
+
+@pytest.mark.parametrize(
+    ("name", "regime"), [*((name, "everyone clipped") for name in HARDENED), ("bert", "aligned at C")]
+)
+def test_with_exact_sums_a_newcomer_changes_the_sum_by_its_own_contribution_alone(name: str, regime: str) -> None:
+    assert change_beside_its_own(name, regime) <= 1
+
+
+@pytest.mark.parametrize("mutant", [{"exact_sums": False}, {"micro_batch": 2}], ids=str)
+@pytest.mark.parametrize("name", ["bert", "gpt2 tied"])
+def test_mutant_of_the_hardened_mode_is_caught(name: str, mutant: dict[str, Any]) -> None:
+    assert change_beside_its_own(name, "everyone clipped", **mutant) > 1
+
+
+def test_mutant_bound_that_is_far_too_small_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = summation_error
+    monkeypatch.setitem(globals(), "summation_error", lambda *args, **sizes: whole(*args, **sizes) * 2.0**-20)
+    assert change_beside_its_own("bert", "everyone clipped") > 1
+
+
+def move_of_an_over_long_row(monkeypatch: pytest.MonkeyPatch, most: int) -> float:
+    family = FAMILIES["gpt2 tied"]
+    engine = make_engine(family, exact_sums=True)
+    monkeypatch.setattr(gradients, "MAX_TERMS", most)
+    bystanders = everyone_clipped(engine, family, 3)
+    engine.statistics = statistics_for(family)
+    return moves(engine, bystanders, [hostile_rows(family)["very long"]], 1)[0]
+
+
+def test_a_row_of_more_terms_than_the_bound_allows_adds_exactly_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert move_of_an_over_long_row(monkeypatch, 2 * LENGTH - 1) == 0.0
+    assert move_of_an_over_long_row(monkeypatch, 2 * LENGTH) > 0.9, "the mutant, a row let through, should have moved"
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("build", [bert, gpt2])
+def test_a_row_alone_gives_the_same_bits_whatever_was_computed_before_it(build: Callable, threads: int) -> None:
+    torch.set_num_threads(threads)
+    family = Family(build, parity if build is bert else itself)
+    engine = make_engine(family, exact_sums=True)
+    row, other = everyone_clipped(engine, family, 2)
+    first = clipped_sum(engine, [row], 1)
+    for before in (
+        [other],
+        [hostile_rows(family)["very long"]],
+        [other, other, row, hostile_rows(family)["one token"]],
+    ):
+        clipped_sum(engine, before, 1)
+        assert torch.equal(clipped_sum(engine, [row], 1), first)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import pytest
 
 from dpfa_hf.errors import PrivacyError
 from dpfa_hf.plan import PrivacyPlan, sensitivity_slack
+from dpfa_hf.rounding import contribution_error, summation_error
 
 FIELDS: dict[str, Any] = {
     "privacy_unit": "example",
@@ -37,6 +38,7 @@ FIELDS: dict[str, Any] = {
     "target_epsilon": 3.0,
     "epsilon": 2.9,
     "noise_generator": "chacha20",
+    "floating_point": "snapped",
     "accountant_version": "dp_accounting 0.6.0",
 }
 PLAN = PrivacyPlan(**FIELDS)
@@ -65,6 +67,7 @@ CHANGED: dict[str, Any] = {
     "target_epsilon": math.inf,
     "epsilon": math.nextafter(2.9, 3),
     "noise_generator": "torch",
+    "floating_point": "hardened",
     "accountant_version": "dp_accounting 0.7.0",
 }
 
@@ -142,6 +145,7 @@ def test_a_missing_or_unknown_field_is_refused(name: str) -> None:
         ("private_loss_max", 0.0),  # with a weight
         ("private_loss_max", math.inf),
         ("sensitivity_slack", -0.1),
+        ("floating_point", "exact"),
         ("max_steps", 0),
         ("delta", 1e-3),  # 1/n
         ("delta", 0.0),
@@ -196,3 +200,4 @@ def test_slack_covers_float32_sums_of_clipped_rows_and_the_check_catches_half_pr
 
 def test_slack_is_the_documented_sum() -> None:
     assert sensitivity_slack(4096) == 2.0**-12 + 2 * 4096 * 2.0**-21
+    assert sensitivity_slack(4096, "hardened") == contribution_error() + 2 * summation_error(1.0, examples=4096)

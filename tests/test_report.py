@@ -194,6 +194,32 @@ def test_without_added_coordinates_none_is_stated(plan: PrivacyPlan) -> None:
     assert not any("private_loss" in line or "clipping norm" in line for line in report["releases"]["covered"])
 
 
+def test_the_floating_point_mode_decides_what_is_claimed_and_what_it_rests_on(
+    plan: PrivacyPlan, tmp_path: Path
+) -> None:
+    snapped, hardened = plan, replace(plan, floating_point="hardened")
+    words = {}
+    for mode in (snapped, hardened):
+        report = built(mode)
+        (line,) = (line for line in written(tmp_path, report).splitlines() if line.startswith("| Noise generator"))
+        rows = {each["assumption"]: each["status"] for each in report["assumptions"]}
+        words[mode.floating_point] = line, rows
+    line, rows = words["snapped"]
+    assert "real arithmetic" in line and "finite" not in line
+    assert rows["Rounding in float32 stays within the sensitivity slack"] == "tested"
+    assert [rows[row] for row in rows if "real arithmetic" in row] == ["not assessed"]
+    line, rows = words["hardened"]
+    assert "finite precision, on the assumptions below" in line and "real arithmetic" not in line
+    assert not any("real arithmetic" in row or "float32" in row for row in rows)
+    stated = {"numbers in the machine": "enforced", "worst case": "enforced", "same bits": "tested"}
+    unproved = ("IEEE 754", "2^-42", "mpmath", "ChaCha20", "logarithms", "Dropout")
+    for word, status in (stated | dict.fromkeys(unproved, "not assessed")).items():
+        assert [rows[row] for row in rows if word in row] == [status], word
+    not_private = built(replace(hardened, epsilon=math.inf, target_epsilon=math.inf), dataset_spent=None)
+    claimed = {each["assumption"]: each["status"] for each in not_private["assumptions"]}
+    assert [claimed[row] for row in claimed if "numbers in the machine" in row] == ["not assessed"]
+
+
 def test_documents_are_stated_with_what_the_operator_vouches_for(plan: PrivacyPlan, tmp_path: Path) -> None:
     report = built(replace(plan, privacy_unit="document"))
     assert report["unit"]["privacy_unit"] == "document" and "only then packed, whole" in report["unit"]["how_built"]
@@ -286,6 +312,7 @@ def test_a_missing_or_damaged_report_is_refused_in_one_line(tmp_path: Path, cont
         {"dataset_spent": (100.0, 1e-12)},
         {"noise": {"standard_deviation": 0.5}},
         {"noise": {"generator": "torch"}},
+        {"noise": {"floating_point_mode": "hardened"}},
         {"curve": {40: 0.1}},
         {"curve": {41: 0.1}},
         {"curve": {3: 99.0}},

@@ -34,14 +34,16 @@ class Rows(Dataset):
         return {"input_ids": [index % 7 + 1] * 5, "attention_mask": [1] * 5, "labels": index % 2}
 
 
-def build(folder: Path, *, steps: int = 6, callbacks: Any = None, out: str = "out", **asked: Any) -> Any:
+def build(
+    folder: Path, *, steps: int = 6, callbacks: Any = None, out: str = "out", micro_batch: int = 4, **asked: Any
+) -> Any:
     torch.manual_seed(0)
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     config = tf.BertConfig(vocab_size=11, max_position_embeddings=16, **sizes)
     model = tf.AutoModelForSequenceClassification.from_config(config, attn_implementation="dp_flash")
     args = tf.TrainingArguments(
         str(folder / out), use_cpu=True, report_to=[], disable_tqdm=True, max_steps=steps, logging_strategy="no",
-        per_device_train_batch_size=4, save_strategy="steps", save_steps=1, save_total_limit=3, optim="sgd",
+        per_device_train_batch_size=micro_batch, save_strategy="steps", save_steps=1, save_total_limit=3, optim="sgd",
     )  # fmt: skip
     privacy = PrivacyArguments(**{"ledger": f"sqlite:///{folder}/ledger.db", **ASKED, **asked})
     return DPTrainer(model=model, args=args, train_dataset=Rows(), privacy_args=privacy, callbacks=callbacks)
@@ -187,6 +189,22 @@ def test_resuming_in_other_units_is_refused(tmp_path: Path) -> None:
     interrupted(tmp_path)
     with pytest.raises(PrivacyError, match="adjacency"):
         build(tmp_path, adjacency="replace_one", accountant="pld").train(resume_from_checkpoint=True)
+
+
+def test_resuming_in_another_floating_point_mode_is_refused(tmp_path: Path) -> None:
+    alone = {"micro_batch": 1, "expected_batch_size": 4}
+    interrupted(tmp_path, **alone)
+    with pytest.raises(PrivacyError, match="another floating_point"):
+        build(tmp_path, **alone, floating_point="hardened").train(resume_from_checkpoint=True)
+
+
+def test_a_hardened_run_resumes_hardened(tmp_path: Path) -> None:
+    hardened = {"micro_batch": 1, "expected_batch_size": 4, "floating_point": "hardened"}
+    interrupted(tmp_path, **hardened)
+    trainer = build(tmp_path, **hardened)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.privacy_plan.floating_point == "hardened" and trainer._engine.exact_sums
+    assert trainer._noise.floating_point == "hardened"
 
 
 def test_the_plan_in_the_ledger_is_used_and_not_a_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

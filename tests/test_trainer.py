@@ -294,6 +294,59 @@ def after_two_steps(folder: Path, rows: list[dict[str, Any]], draws: list[list[i
     return trainer
 
 
+def hardened(folder: Path, **kwargs: Any) -> Any:
+    asked = privacy(folder, floating_point="hardened", expected_batch_size=8, **kwargs.pop("asked", {}))
+    return build(folder, privacy_args=asked, args=training_args(folder, per_device_train_batch_size=1), **kwargs)
+
+
+@pytest.mark.parametrize("case", ["label out of range", "longer than the positions", "unreadable"])
+def test_in_the_hardened_mode_a_row_that_raises_changes_no_bit_of_the_others(case: str, tmp_path: Path) -> None:
+    results = []
+    for draw in ([1, 2, 3], [1, N - 1, 2, 3]):  # shortest first, so that starting over does not change the order
+        torch.manual_seed(3)
+        trainer = hardened(tmp_path, train_dataset=Poisoned([*rows_for(bert())[:-1], HOSTILE[case]]))
+        inject(trainer, [draw])
+        dataloader = trainer.get_train_dataloader()
+        trainer._check_on_synthetic_rows()
+        trainer._accumulate(*next(iter(dataloader)))
+        results.append(trainer._engine.take())
+    without, with_it = results
+    assert all(total.dtype == torch.float64 for total in without.values())
+    assert all(torch.equal(with_it[name], without[name]) for name in without)
+    assert any(bool(total.any()) for total in without.values())
+
+
+def test_a_hardened_run_noises_exact_sums_to_a_grid_and_says_what_epsilon_is_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"target_epsilon": 50.0, "noise_multiplier": 1.0, "accountant": "rdp", "target_delta": 1e-3}
+    seen = []
+    add_noise = trainer_module.GaussianNoise.add_noise
+
+    def watched(noise: Any, sums: Any) -> Any:
+        dtypes = {total.dtype for total in sums.values()}
+        noised = add_noise(noise, sums)
+        whole = all(torch.equal((total / noise.grid).round() * noise.grid, total) for total in noised.values())
+        seen.append((noise.floating_point, dtypes, whole))
+        return noised
+
+    monkeypatch.setattr(trainer_module.GaussianNoise, "add_noise", watched)
+    trainer = hardened(tmp_path, asked={**asked, "clipping": "adaptive"})
+    trainer.train()
+    assert seen == [("hardened", {torch.float64}, True)] * 2
+    plan, report = trainer.privacy_plan, trainer.privacy_report()
+    assert plan.floating_point == report["plan"]["floating_point"] == report["noise"]["floating_point_mode"]
+    rows = [each["assumption"] for each in report["assumptions"]]
+    assert any("numbers in the machine" in row for row in rows) and not any("real arithmetic" in row for row in rows)
+
+
+def test_the_hardened_mode_is_refused_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tf.TrainingArguments, "device", torch.device("cuda", 0))
+    with pytest.raises(PrivacyError) as info:
+        hardened(tmp_path)
+    one_line(info, "use_cpu", "set it to True", "snapped")
+
+
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_row_that_raises_contributes_zero_and_nothing_else_changes(case: str, tmp_path: Path) -> None:
     clean = rows_for(bert())
@@ -876,6 +929,14 @@ REFUSED_PARTS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "two losses for a row": (
         lambda f: build(f, per_example_loss_fn=lambda m, b: m(**b).logits.mean()).train(),
         ("per-example loss", "one loss per example"),
+    ),
+    "hardened with neighbours": (
+        lambda f: build(f, privacy_args=privacy(f, floating_point="hardened")),
+        ("per_device_train_batch_size is 8", "set it to 1"),
+    ),
+    "hardened in float64": (
+        lambda f: hardened(f, model=bert().double()),
+        ("torch.float64", ".float()"),
     ),
     "loss over the batch": (lambda f: build(f, per_example_loss_fn=batch_mean).train(), ("another's", "remove")),
 }

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,10 +23,8 @@ from dpfa_hf.errors import PrivacyError
 from dpfa_hf.per_example import layers, packing
 from dpfa_hf.per_example.layers import LayerCall, PerExampleGradient
 from dpfa_hf.per_example.streaming import Stream, Uses, changed_in_place
+from dpfa_hf.rounding import MAX_CANCELLATION, MAX_TERMS
 
-# Largest ratio of an example's mass (sum of |left_t| |right_t|) to the norm it is clipped by. Beyond it, float32 sums
-# would round off a visible part of C; such an example is scaled by its mass instead. Ordinary rows stay far below.
-MAX_CANCELLATION = 256.0
 AUTOMATIC_CLIPPING_STABILITY = 0.01
 
 Batch = Mapping[str, Any]
@@ -67,17 +65,23 @@ class PerExampleGradients:
         clipping: "flat" (min(1, C / norm)), "automatic" (C / (norm + 0.01); arXiv:2206.07136) or "per_layer" (each of L
             groups clipped to C / sqrt(L)).
         statistics: coordinates that are summed with the gradients, row for row, and taken with them.
-        exact_sums: take norms and sums in float64, so that `summation_error` bounds their rounding in the worst case.
+        exact_sums: take norms and sums in float64, each example's product by itself, so that `dpfa_hf.rounding` bounds
+            the worst case. An example of more than `MAX_TERMS` positions then adds zero.
 
     Raises:
-        PrivacyError: naming the module, if a trainable parameter is covered by no rule.
+        PrivacyError: naming the module, if a trainable parameter is covered by no rule; naming the parameter, if it is
+            too large for the bounds of `exact_sums`.
 
     Guarantee:
         Adding, removing or replacing one example by nothing changes the sum over any set of calls of `accumulate`
         between two `take`s by at most C (1 + slack) in l2 norm over the whole trainable vector, where slack is
         `plan.sensitivity_slack` (rounding; P14, P15), provided that `preflight.check` passed for this model and loss.
         An example whose loss is not finite adds exactly zero, and in each clipping group, so does one whose gradient in
-        that group is not finite; only "per_layer" has more groups than one.
+        that group is not finite; only "per_layer" has more groups than one. With `exact_sums` and one example in every
+        micro-batch, in a model of 32 bits or fewer whose forward and backward pass give the same bits for the same
+        example and weights, the same holds of the very numbers that `take` returns, with slack =
+        `rounding.contribution_error()` + 2 `rounding.summation_error(1.0, examples=...)`: a theorem, where the other is
+        measured.
     """
 
     def __init__(
@@ -99,6 +103,8 @@ class PerExampleGradients:
         self.parameters = {id(p): (name, p) for name, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise PrivacyError("model has no trainable parameter; set requires_grad on some, or add an adapter")
+        if exact_sums:
+            _refuse_large(self.parameters.values())
         self._layers = covered_layers(model)
         self._groups = self.clipping_groups()
         self._stream: Stream | None = None
@@ -363,6 +369,8 @@ class PerExampleGradients:
         mass_squared = torch.zeros(shape, dtype=torch.float64, device=device)
         for name, parts in uses.items():
             if self.exact_sums:
+                if sum(part.positions for part in parts) > MAX_TERMS:
+                    squared[groups[name]] = math.inf
                 parts = [part.double() for part in parts]
             squared[groups[name]] += layers.combined_squared_norm(parts)
             mass = sum((part.mass for part in parts[1:]), parts[0].mass)
@@ -398,14 +406,9 @@ class PerExampleGradients:
             parameter = self._parameter(name)
             if name not in self._sums:
                 self._sums[name] = self._zeros(parameter)
-            total = self._sums[name]
-            for part in parts:
-                if not all_finite:
-                    part = part.zero_rows(keep[groups[name]])
-                if self.exact_sums:
-                    part = part.double()
-                view = total.view(total.shape[0], -1) if isinstance(part, layers.Outer) else total
-                part.add_weighted_sum(weights[groups[name]], view)
+            if not all_finite:
+                parts = [part.zero_rows(keep[groups[name]]) for part in parts]
+            layers.add_weighted_sums(parts, weights[groups[name]], self._sums[name], one_by_one=self.exact_sums)
 
     def _zeros(self, parameter: nn.Parameter) -> torch.Tensor:
         dtype = torch.float64 if self.exact_sums else layers.compute_dtype(parameter)
@@ -413,32 +416,6 @@ class PerExampleGradients:
 
     def _parameter(self, name: str) -> nn.Parameter:
         return self.model.get_parameter(name)
-
-
-def summation_error(clipping_norm: float, *, examples: int, terms: int) -> float:
-    """The most by which a sum taken with `exact_sums` can be off, in l2 norm over the whole trainable vector.
-
-    Args:
-        clipping_norm: C.
-        examples: the most examples that may have been added up, B.
-        terms: the most addends of one coordinate: tokens of all those examples, times the uses of a tied weight.
-
-    Guarantee:
-        |computed - exact| <= returned, where exact is the sum of coefficient_i gradient_i in real arithmetic, with the
-        coefficients as computed and gradient_i the sum of left_t^T right_t (or of looked-up rows) over the captured
-        values. The worst case, whatever the values and in whatever order BLAS adds.
-
-    Proof: a coordinate is a sum of n = `terms` products of three numbers, each rounded at most n + 2 times, so it is
-    off by at most g = (n + 2) u / (1 - (n + 2) u) times the sum of their sizes, u = 2**-53 (Higham 2002, section 3.1).
-    For one example and one parameter the sizes, as a matrix, are a sum of |left_t|^T |right_t| and have at most the
-    mass for their norm; over the parameters, at most the root of the squared masses, m_i. A coefficient is at most
-    C / (m_i / MAX_CANCELLATION), in each of G groups C / sqrt(G) in place of C, so coefficient_i m_i <= 256 C over all
-    groups; and the norm of a sum over examples is at most the sum of norms: 256 C B g. The masses themselves are off by
-    a part far below 2**-20, which is added, as is what underflow can lose.
-    """
-    if (share := (terms + 2) * 2.0**-53) >= 0.5 or terms < 1 or examples < 1:
-        raise PrivacyError(f"terms={terms} and examples={examples} must be at least 1, and terms less than 2**51")
-    return MAX_CANCELLATION * clipping_norm * examples * share / (1 - share) * (1 + 2.0**-20) + 2.0**-900
 
 
 class _Detach:
@@ -494,6 +471,16 @@ def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     """A module's own trainable parameters, tied ones too."""
     own = module.named_parameters(recurse=False, remove_duplicate=False)
     return {name: parameter for name, parameter in own if parameter.requires_grad}
+
+
+def _refuse_large(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    for name, parameter in parameters:
+        rows = len(parameter) if parameter.dim() else 1
+        if max(rows, parameter.numel() // max(rows, 1)) > MAX_TERMS:
+            raise PrivacyError(
+                f"{name} has shape {tuple(parameter.shape)}, more than the {MAX_TERMS} rows or columns for which "
+                "exact_sums are bounded; freeze it or use floating_point='snapped'"
+            )
 
 
 def _token_dimensions(output: torch.Tensor, total: int) -> list[int]:

@@ -185,6 +185,12 @@ class Outer:
                 grads[examples].baddbmm_(left[..., t : t + _MAX_TERMS], right[:, t : t + _MAX_TERMS])
         return Dense(grads, self.mass)
 
+    def add_one_by_one(self, weights: torch.Tensor, out: torch.Tensor) -> None:
+        """As `add_weighted_sum`, with every example's product formed by itself before it is added."""
+        for i, weight in enumerate(weights):
+            left, right = self.tokens(i)
+            out.add_((left.t() * weight) @ right)
+
     def zero_rows(self, keep: torch.Tensor) -> Outer:
         """The same with examples outside `keep` ([B] bool) set to zero, so that 0 * inf cannot make NaN (P15)."""
         drop = ~_by_token(keep, self.left, self.segments)
@@ -210,6 +216,11 @@ class Outer:
         if self.segments is None:
             return self.left[i], self.right[i]
         return self.segments.slices(self.left)[i], self.segments.slices(self.right)[i]
+
+    @property
+    def positions(self) -> int:
+        """T, or the length of the longest packed example: the most terms that a coordinate adds up."""
+        return self.left.shape[1] if self.segments is None else self.segments.longest
 
     @cached_property
     def _fused(self) -> SquaredNorm:
@@ -365,6 +376,19 @@ class Lookup:
         grad = self.grad.flatten(0, -2).to(out.dtype) * _token_weights(weights, self.grad, self.segments).to(out.dtype)
         out.index_add_(0, self.index.flatten(), grad)
 
+    def add_one_by_one(self, weights: torch.Tensor, out: torch.Tensor) -> None:
+        """As `add_weighted_sum`, with every example's repeated indices added up before anything is added to `out`."""
+        for i, weight in enumerate(weights):
+            index, grad = self.tokens(i)
+            rows, slot = torch.unique(index, return_inverse=True)
+            summed = torch.zeros(len(rows), grad.shape[1], dtype=out.dtype, device=out.device)
+            out.index_add_(0, rows, summed.index_add_(0, slot, grad * weight))
+
+    @property
+    def positions(self) -> int:
+        """T, or the length of the longest packed example: the most terms that a coordinate adds up."""
+        return self.index.shape[1] if self.segments is None else self.segments.longest
+
     @cached_property
     def _fused(self) -> SquaredNorm:
         boundaries = None if self.segments is None else self.segments.boundaries
@@ -407,6 +431,7 @@ class Dense:
 
     grads: torch.Tensor
     mass_of_terms: torch.Tensor | None = None
+    positions = 1
 
     @property
     def mass(self) -> torch.Tensor:
@@ -419,6 +444,11 @@ class Dense:
     def add_weighted_sum(self, weights: torch.Tensor, out: torch.Tensor) -> None:
         grads = self.grads.flatten(1).double()
         out.add_((weights.double() @ grads).view(out.shape).to(out.dtype))
+
+    def add_one_by_one(self, weights: torch.Tensor, out: torch.Tensor) -> None:
+        """As `add_weighted_sum`, with every example's gradient multiplied by itself before it is added."""
+        for grad, weight in zip(self.grads, weights, strict=True):
+            out.add_((grad * weight).view_as(out))
 
     def zero_rows(self, keep: torch.Tensor) -> Dense:
         return Dense(self.grads.flatten(1).masked_fill(~keep[:, None], 0).view_as(self.grads))
@@ -459,6 +489,25 @@ def write_out_narrow(uses: list[PerExampleGradient]) -> list[PerExampleGradient]
     return [use.written_out() for use in outer] if len(outer) == len(uses) else uses
 
 
+def add_weighted_sums(
+    uses: Sequence[PerExampleGradient], weights: torch.Tensor, out: torch.Tensor, *, one_by_one: bool = False
+) -> None:
+    """out += sum_i weights_i gradient_i, over all uses of a parameter.
+
+    Args:
+        uses: the parameter's per-example gradients.
+        weights: [B].
+        out: the parameter's shape, float32 or float64.
+        one_by_one: form each example's share by itself, in float64, and merge uses of one kind first, so that `out`
+            goes through at most three additions an example (`dpfa_hf.rounding`). Takes memory for another `out`.
+    """
+    if one_by_one:
+        uses = merge_uses([use.double() for use in uses])
+    for use in uses:
+        view = out.view(len(out), -1) if isinstance(use, Outer) else out
+        (use.add_one_by_one if one_by_one else use.add_weighted_sum)(weights, view)
+
+
 def merge_uses(uses: Sequence[PerExampleGradient]) -> list[PerExampleGradient]:
     """Uses of one kind become one use over the concatenated positions: the gradients add up, exactly."""
     outer = [use for use in uses if isinstance(use, Outer)]
@@ -496,7 +545,8 @@ def _outer_lookup_product(outer: Outer, lookup: Lookup) -> torch.Tensor:
     for i in range(len(outer.mass)):
         (left, right), (index, grad) = outer.tokens(i), lookup.tokens(i)
         inner = right.double() @ grad.double().t()
-        products.append((inner * left.index_select(1, index).double()).sum())
+        # In two sums, because in one of T^2 terms rounding could add up to much more.
+        products.append((inner * left.index_select(1, index).double()).sum(0).sum())
     return torch.stack(products)
 
 

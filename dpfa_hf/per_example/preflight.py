@@ -344,6 +344,8 @@ def check(
                 _check_model_loss(engine.loss, called, model, batch, loss_tolerance)
             model.train()
             _check_gradients(engine, batch, tolerance)
+            if engine.exact_sums:
+                _check_same_bits(engine, batch)
         _check_buffers(model, buffers)
     except PrivacyError:
         raise
@@ -576,9 +578,7 @@ def _check_gradients(engine: PerExampleGradients, batch: Batch, tolerance: float
             found = torch.zeros_like(expected)
             if name in uses:
                 squared += layers.combined_squared_norm(uses[name])
-                for part in uses[name]:
-                    view = found.view(len(found), -1) if isinstance(part, layers.Outer) else found
-                    part.add_weighted_sum(weights, view)
+                layers.add_weighted_sums(uses[name], weights, found, one_by_one=engine.exact_sums)
             if float((found - expected).norm()) > tolerance * max(float(expected.norm()), scale):
                 raise PrivacyError(
                     f"the per-example gradients of {name} differ from autograd's on synthetic rows: the parameter is "
@@ -589,6 +589,27 @@ def _check_gradients(engine: PerExampleGradients, batch: Batch, tolerance: float
             raise PrivacyError(
                 "per-example gradient norms differ from autograd's on synthetic rows: a shared or tied parameter is "
                 "used in a way that no rule covers; freeze it with requires_grad_(False)"
+            )
+
+
+def _check_same_bits(engine: PerExampleGradients, batch: Batch) -> None:
+    """A row alone adds the same bits whatever was computed before it, longer or shorter (P18)."""
+
+    def contribution(row: Batch) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        engine.accumulate(row)
+        return engine.take()
+
+    packed = packing.is_packed(batch)
+    rows = packing.split(batch) if packed else [_row_alone(batch, i) for i in range(batch_size(batch))]
+    for row, other in zip(rows, [*rows[1:], rows[0]], strict=True):
+        before = contribution(row)
+        contribution(other)
+        after = contribution(row)
+        if not all(torch.equal(before[name], after[name]) for name in before):
+            raise PrivacyError(
+                "the same row gives other bits after another row was computed, so exact_sums prove nothing: switch off "
+                "what the model remembers between calls, or use floating_point='snapped'"
             )
 
 

@@ -15,6 +15,7 @@ from dpfa_hf.per_example import layers, preflight
 from dpfa_hf.per_example.gradients import MAX_CANCELLATION, PerExampleGradients
 from dpfa_hf.per_example.layers import Dense, LayerCall, Lookup, Outer, combined_squared_norm, register_rule
 from dpfa_hf.per_example.packing import Segments
+from dpfa_hf.rounding import contribution_error
 
 BOUND = 1 + 2.0**-10
 KINDS = ("outer", "lookup", "dense")
@@ -97,6 +98,59 @@ def test_narrow_matrices_of_either_form_have_the_same_sum(rows: int, columns: in
     found = weighted_sum([use, use], weights, rows, columns)
     assert torch.allclose(found.double(), 2 * torch.einsum("b,brc->rc", weights, full), atol=1e-4)
     assert torch.allclose(use.squared_norm(), full.flatten(1).square().sum(1), rtol=1e-4)
+
+
+@given(kinds=st.lists(st.sampled_from(KINDS), min_size=1, max_size=4), **SHAPES)
+@settings(max_examples=40, deadline=None)
+def test_examples_added_one_by_one_have_the_same_sum(
+    kinds: list[str], seed: int, batch: int, length: int, rows: int, columns: int
+) -> None:
+    made = [make(kind, seed + i, batch, length, rows, columns) for i, kind in enumerate(kinds)]
+    weights = torch.linspace(-1, 2, batch, dtype=torch.float64)
+    total = torch.ones(rows, columns, dtype=torch.float64)
+    layers.add_weighted_sums([use for use, _ in made], weights, total, one_by_one=True)
+    expected = 1 + sum(torch.einsum("b,brc->rc", weights, full) for _, full in made)
+    assert torch.allclose(total, expected, rtol=1e-13, atol=1e-13)
+
+
+def largest_excess(residue: float) -> float:
+    """How much longer than the norm by which it clips a tied gradient is, in rational arithmetic: a head and its
+    embedding of which the sum is as small as `residue`."""
+    rows, columns, length = 5, 3, 6
+    generator = torch.Generator().manual_seed(1)
+    index = torch.randint(0, rows, (1, length), generator=generator)
+    hidden = torch.randn(1, length, columns, generator=generator)
+    head = Outer(-torch.nn.functional.one_hot(index, rows).float(), hidden)
+    table = Lookup(index, hidden * (1 + residue), rows)
+    engine = PerExampleGradients(
+        nn.Linear(columns, rows, bias=False), lambda m, b: m(b).sum((1, 2)), clipping_norm=1.0, exact_sums=True
+    )
+    (clips,) = engine.norms({"weight": [head, table]}, 1, torch.device("cpu"))[0].tolist()
+    exact = [[Fraction(0)] * columns for _ in range(rows)]
+    for t, row in enumerate(index[0].tolist()):
+        for column in range(columns):
+            exact[row][column] += Fraction(table.grad[0, t, column].item()) - Fraction(hidden[0, t, column].item())
+    return float(sum(x * x for line in exact for x in line)) ** 0.5 / clips - 1
+
+
+RESIDUES = [1.0, 2.0**-7, 2.0**-9, 2.0**-12, 2.0**-20]
+
+
+@pytest.mark.parametrize("residue", RESIDUES)
+def test_what_clips_a_tied_gradient_is_not_below_its_norm_by_more_than_float64_allows(residue: float) -> None:
+    assert largest_excess(residue) <= contribution_error()
+
+
+@pytest.mark.parametrize("mutant", ["no cross term", "float32 and no cap"])
+def test_mutant_norms_of_tied_gradients_are_caught(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if mutant == "no cross term":
+        monkeypatch.setattr(layers, "_outer_lookup_product", lambda outer, lookup: -outer.squared_norm() / 2)
+    else:
+        product = layers._outer_lookup_product
+        monkeypatch.setattr("dpfa_hf.per_example.gradients.MAX_CANCELLATION", float("inf"))
+        monkeypatch.setattr(layers, "_outer_lookup_product", lambda *uses: product(*uses).float().double())
+        monkeypatch.setattr(Outer, "_worst_error", lambda use, value: 0)
+    assert max(largest_excess(residue) for residue in [*RESIDUES, -2.0]) > contribution_error()
 
 
 def test_repeated_indices_are_added_before_squaring() -> None:

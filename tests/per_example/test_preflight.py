@@ -457,3 +457,34 @@ def test_dynamic_positions_do_follow_the_longest_row() -> None:
         with torch.no_grad():
             changes[kind] = float((model(row).logits - model(padded).logits[:, :6]).abs().max())
     assert changes["default"] < 1e-12 < 1e-7 < changes["dynamic"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A row alone has the same bits every time (P18)
+
+
+class Remembering(nn.Module):
+    """A layer of which the result depends, in its last digits, on the longest row that it has ever seen."""
+
+    def __init__(self, remembered: float) -> None:
+        super().__init__()
+        self.linear, self.remembered, self.longest = nn.Linear(5, 5), remembered, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.longest = max(self.longest + 1, x.shape[1])
+        return self.linear(x) * (1 + self.remembered * self.longest)
+
+
+@pytest.mark.parametrize("exact_sums", [False, True])
+def test_with_exact_sums_a_model_that_remembers_is_refused(exact_sums: bool) -> None:
+    def checked(remembered: float) -> None:
+        engine = PerExampleGradients(Remembering(remembered), row_loss, clipping_norm=1.0, exact_sums=exact_sums)
+        preflight.check(engine, {"x": torch.randn(3, 13, 5)})
+        assert not any(bool(total.any()) for total in engine.take().values())
+
+    checked(0.0)
+    if exact_sums:
+        with refuses("other bits.*snapped"):
+            checked(1e-6)
+    else:
+        checked(1e-6)
