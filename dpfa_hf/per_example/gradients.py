@@ -126,8 +126,9 @@ class PerExampleGradients:
         neighbour's infinity is no number.
 
         Raises whatever the model raises. Nothing has been added to the sum then, or, of a packed row that was computed
-        again, what came before; but where "per_layer" adds several rows during their backward pass, its exceptions
-        leave a sum that `take` refuses: `discard` it and begin again, row by row.
+        again, what came before. But "per_layer" adds groups during the backward pass, whose exceptions leave, of a row
+        alone, the groups that were complete, each within its share of C; of several rows, a sum that `take` refuses:
+        `discard` it and begin again, row by row.
         """
         if not self.layouts:
             raise PrivacyError("the model was not checked on synthetic rows; call preflight.check(engine, ...) first")
@@ -152,10 +153,10 @@ class PerExampleGradients:
     def _may_stream(self, batch: Batch) -> bool:
         """Whether groups may be added before it is known that the rest of the backward pass succeeds.
 
-        Not for packed rows, which may have to be taken apart, nor for a row alone: it must add all or nothing, because
-        alone is how rows are tried again after an exception.
+        Not for packed rows, which may have to be taken apart. But for a row alone, though a part of it stays if the
+        rest raises: held whole, it could need more memory than the micro-batch that it is tried again from.
         """
-        return self.clipping == "per_layer" and not packing.is_packed(batch) and batch_size(batch) > 1
+        return self.clipping == "per_layer" and not self.exact_sums and not packing.is_packed(batch)
 
     def _accumulate_by_group(self, batch: Batch) -> torch.Tensor:
         """As `accumulate`, but each clipping group is added as soon as the backward pass has its last gradient."""
@@ -177,14 +178,16 @@ class PerExampleGradients:
             with _exact_matmul():
                 found = self._norms_or_infinity(uses, finite)
                 norms[group] = found[group]
+                self._adding = True
                 self._add(uses, found)
+                self._adding = several
 
         self._stream = Stream(self._groups, groups_of, uses, add)
         with self.attached(), torch.enable_grad():
             losses = self._losses(batch)
             finite = torch.isfinite(losses)
             norms = self._norms_or_infinity({}, finite)
-            self._adding = True
+            self._adding = several = len(losses) > 1  # of a row alone, what it has added is its own, and no more than C
             self._stream.backward(losses)
         with _exact_matmul():
             if self.statistics is not None:
