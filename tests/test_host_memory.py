@@ -48,15 +48,15 @@ def pages_and_rest(mode: str, **environment: str) -> tuple[float, float]:
 
 def test_memory_freed_within_is_used_again_and_goes_back_at_the_end() -> None:
     pages, rest = pages_and_rest("kept")
-    assert pages < PAGES_OF_A_ROUND / 10
+    assert pages < 0.5 * PAGES_OF_A_ROUND  # a system that looks for idle pages may have taken some
     assert rest < 100
 
 
 def test_without_it_every_round_is_cleared_anew_which_the_test_above_notices() -> None:
     pages, _ = pages_and_rest("given back")
-    assert pages > PAGES_OF_A_ROUND / 2
+    assert pages > 0.9 * PAGES_OF_A_ROUND
 
 
 def test_what_the_user_has_set_is_left_alone() -> None:
     pages, _ = pages_and_rest("kept", MALLOC_TRIM_THRESHOLD_="1000000")
-    assert pages > PAGES_OF_A_ROUND / 2
+    assert pages > 0.9 * PAGES_OF_A_ROUND
