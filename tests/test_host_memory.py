@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="anoth
 
 # Prints the pages supplied in a second round of the same allocations, and what stays in MiB when all is freed.
 SCRIPT = """
-import contextlib, resource, sys
+import resource
 import torch
 from dpfa_hf.host_memory import freed_memory_kept
 
@@ -24,7 +24,7 @@ def resident():
 
 round_of_allocations()
 before = resident()
-with freed_memory_kept() if sys.argv[1] == "kept" else contextlib.nullcontext():
+with freed_memory_kept():
     round_of_allocations()
     pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     round_of_allocations()
@@ -34,9 +34,9 @@ print(resident() - before)
 PAGES_OF_A_ROUND = 20 * 20_000_000 / 4096
 
 
-def pages_and_rest(mode: str, **environment: str) -> tuple[float, float]:
+def pages_and_rest(**environment: str) -> tuple[float, float]:
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, mode],
+        [sys.executable, "-c", SCRIPT],
         capture_output=True,
         text=True,
         check=True,
@@ -47,16 +47,11 @@ def pages_and_rest(mode: str, **environment: str) -> tuple[float, float]:
 
 
 def test_memory_freed_within_is_used_again_and_goes_back_at_the_end() -> None:
-    pages, rest = pages_and_rest("kept")
+    pages, rest = pages_and_rest()
     assert pages < 0.5 * PAGES_OF_A_ROUND  # a system that looks for idle pages may have taken some
     assert rest < 100
 
 
-def test_without_it_every_round_is_cleared_anew_which_the_test_above_notices() -> None:
-    pages, _ = pages_and_rest("given back")
-    assert pages > 0.9 * PAGES_OF_A_ROUND
-
-
-def test_what_the_user_has_set_is_left_alone() -> None:
-    pages, _ = pages_and_rest("kept", MALLOC_TRIM_THRESHOLD_="1000000")
+def test_what_the_user_has_set_is_left_alone_and_the_test_above_notices_memory_that_is_given_back() -> None:
+    pages, _ = pages_and_rest(MALLOC_TRIM_THRESHOLD_="1000000")
     assert pages > 0.9 * PAGES_OF_A_ROUND
