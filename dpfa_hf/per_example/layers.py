@@ -14,7 +14,7 @@ Add a layer type with one function::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -36,6 +36,8 @@ _MAX_TERMS = 256
 _GRAM_ROWS = 64
 # Layers of which no row is long enough for the Gram form to be worth it: half the harmonic mean of their sides.
 _ALWAYS_TILES = 64
+# Positions of a vector's gradient that are added up in float32.
+_GROUP = 16
 # A matrix so many times as tall as wide is summed as its transpose: BLAS is several times faster so (LoRA's B).
 _NARROW = 16
 
@@ -56,34 +58,26 @@ def _share(rounding: torch.Tensor) -> torch.Tensor:
     return torch.where(rounding < 0.5, rounding / (1 - rounding), torch.inf)
 
 
-def sum_positions(rows: torch.Tensor, segments: Segments | None = None) -> torch.Tensor:
-    """[B, T, features] -> [B, features] float64, or from packed tokens [N, features]."""
+def sum_positions(rows: torch.Tensor, segments: Segments | None = None) -> Dense:
+    """The gradients of a vector that takes part at every position, from its terms [B, T, features], or [N, features] of
+    packed tokens: added up a few at a time in float32, and what they give in float64."""
     if fused(rows):
-        return position_sums(rows, cu_seq_lens=None if segments is None else segments.boundaries).bias
-    if rows.device.type == "cpu":
-        return _sum_examples(_examples(rows, segments), rows)
+        return Dense(position_sums(rows, cu_seq_lens=None if segments is None else segments.boundaries).bias)
+    mass = _add_positions(torch.linalg.vector_norm(rows, dim=-1, dtype=compute_dtype(rows)), segments)
     if segments is None:
-        return rows.sum(1, dtype=torch.float64)
+        return Dense(_sum_rows(rows), mass)
+    if rows.device.type == "cpu":
+        return Dense(torch.stack([_sum_rows(example) for example in segments.slices(rows)]), mass)
     total = torch.zeros(segments.count, rows.shape[1], dtype=torch.float64, device=rows.device)
-    return total.index_add_(0, segments.owner, rows.double())
+    return Dense(total.index_add_(0, segments.owner, rows.double()), mass)
 
 
-def _examples(rows: torch.Tensor, segments: Segments | None) -> Sequence[torch.Tensor]:
-    """Views [T, features] of the examples."""
-    return rows.unbind() if segments is None else segments.slices(rows)
-
-
-def _sum_examples(examples: Iterable[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
-    """[B, features] float64, the sums of [T, features] each; one small float64 buffer serves them all."""
-    features = like.shape[-1]
-    buffer = like.new_empty(max(1, _MAX_TEMPORARY // 8 // max(features, 1)), features, dtype=torch.float64)
-    totals = []
-    for example in examples:
-        total = buffer.new_zeros(features)
-        for part in example.split(len(buffer)):
-            total += buffer[: len(part)].copy_(part).sum(0)
-        totals.append(total)
-    return torch.stack(totals)
+def _sum_rows(rows: torch.Tensor) -> torch.Tensor:
+    """[..., T, features] -> [..., features] float64. PyTorch converts and adds far slower than it does either."""
+    length, dtype = rows.shape[-2], compute_dtype(rows)
+    groups = rows[..., : length // _GROUP * _GROUP, :].unflatten(-2, (length // _GROUP, _GROUP))
+    rest = rows[..., length // _GROUP * _GROUP :, :]
+    return groups.sum(-2, dtype=dtype).double().sum(-2) + rest.sum(-2, dtype=dtype).double()
 
 
 @dataclass
@@ -424,9 +418,9 @@ class Dense:
     """Per-example gradients written out, for parameters so small (biases, norms) that this costs nothing.
 
     Args:
-        grads: [B, *parameter shape]. Rules sum over positions in float64, so that no cancellation is lost; only
-            matrices that are written out are summed in float32.
-        mass_of_terms: [B] float64, what rounding errors follow, if the sum was not taken in float64.
+        grads: [B, *parameter shape]. The norm is that of these very numbers, which are added.
+        mass_of_terms: [B] float64, what the rounding errors of the sum over positions are proportional to; by default,
+            as of a sum in float64, the norm.
     """
 
     grads: torch.Tensor
@@ -435,7 +429,7 @@ class Dense:
 
     @property
     def mass(self) -> torch.Tensor:
-        """[B] float64. A sum that was exact to float64 has its norm for its mass."""
+        """[B] float64, `mass_of_terms`."""
         return self.squared_norm().sqrt() if self.mass_of_terms is None else self.mass_of_terms
 
     def squared_norm(self) -> torch.Tensor:
@@ -454,7 +448,7 @@ class Dense:
         return Dense(self.grads.flatten(1).masked_fill(~keep[:, None], 0).view_as(self.grads))
 
     def double(self) -> Dense:
-        return Dense(self.grads.double())
+        return Dense(self.grads.double(), self.mass_of_terms)
 
     def example(self, i: int) -> torch.Tensor:
         return self.grads[i].double()
@@ -671,7 +665,7 @@ def rule_name(rule: Rule) -> str:
 
 
 def _bias(call: LayerCall) -> Dense:
-    return Dense(sum_positions(call.grad_tokens, call.packing))
+    return sum_positions(call.grad_tokens, call.packing)
 
 
 @register_rule(nn.Linear)
@@ -750,7 +744,7 @@ def _elementwise_norm(call: LayerCall) -> dict[str, PerExampleGradient]:
 
     with torch.autocast(x.device.type, enabled=False):
         grads = vmap(one_example)(x, grad)
-    return {name: Dense(sum_positions(grad, call.packing) if packed else grad) for name, grad in grads.items()}
+    return {name: sum_positions(grad, call.packing) if packed else Dense(grad) for name, grad in grads.items()}
 
 
 @register_rule(nn.LayerNorm)
@@ -768,9 +762,8 @@ def _layer_norm(call: LayerCall) -> dict[str, PerExampleGradient]:
     dtype, shape, eps = compute_dtype(grad), module.normalized_shape, module.eps
     out: dict[str, PerExampleGradient] = {}
     if module.weight.requires_grad:
-        pairs = zip(_examples(x, call.packing), _examples(grad, call.packing), strict=True)
-        products = (nn.functional.layer_norm(x_i.to(dtype), shape, eps=eps).mul_(g_i) for x_i, g_i in pairs)
-        out["weight"] = Dense(_sum_examples(products, grad))
+        product = nn.functional.layer_norm(x.to(dtype), shape, eps=eps).mul_(grad)
+        out["weight"] = sum_positions(product, call.packing)
     if module.bias is not None:
         out["bias"] = _bias(call)
     return out
@@ -796,7 +789,7 @@ def _convolution(call: LayerCall) -> dict[str, PerExampleGradient]:
     grad_rows = grad.flatten(2).transpose(1, 2)
     out: dict[str, PerExampleGradient] = {"weight": Outer(grad_rows, patches)}
     if module.bias is not None:
-        out["bias"] = Dense(sum_positions(grad_rows))
+        out["bias"] = sum_positions(grad_rows)
     return out
 
 
