@@ -225,14 +225,16 @@ class Outer:
         return len(self.left) if self.segments is None else self.segments.count
 
     def _blocks(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-        """Views [b, t, ...] of as many examples as fit into the largest temporary; of packed ones, one each."""
+        """Views [b, t, ...] of as many examples as keep their temporaries small; of packed ones, one each."""
         if self.segments is not None:
             pairs = zip(self.segments.slices(self.left), self.segments.slices(self.right), strict=True)
             for i, (left, right) in enumerate(pairs):
                 yield slice(i, i + 1), left[None], right[None]
             return
         batch, length, rows = self.left.shape
-        step = max(1, _MAX_TEMPORARY // max(length * max(length, rows, self.right.shape[2]), 1))
+        converted = any(side.dtype != compute_dtype(side) for side in (self.left, self.right))
+        widest = max(_GRAM_ROWS, rows, self.right.shape[2]) if converted else _GRAM_ROWS
+        step = max(1, _MAX_TEMPORARY // max(length * widest, 1))
         for start in range(0, batch, step):
             block = slice(start, start + step)
             yield block, self.left[block], self.right[block]
