@@ -58,8 +58,8 @@ from dpfa_hf.host_memory import freed_memory_kept
 
 OUTPUT = RESULTS / "training.json"
 NOBODY_CLIPPED = 1e4
-# Of a clipped sum, relative to its norm. Ours clips by an upper bound of the float32 norm, which took 8e-4 per layer.
-LARGEST_ERROR = {torch.float32: 2e-3, torch.bfloat16: 5e-2}
+# Of a clipped sum, relative to its norm; rounding alone has reached 9e-5 in float32.
+LARGEST_ERROR = {torch.float32: 5e-4, torch.bfloat16: 5e-2}
 NOT_MEASURED = {"fastDP": "no distribution of this name is on PyPI (pip install fastDP finds none)"}
 
 
@@ -99,6 +99,10 @@ def error(contender: Contender, batch: Mapping[str, Any], gradients: Sequence[Ma
     return worst
 
 
+def reason(exception: Exception) -> str:
+    return f"{type(exception).__name__}: {exception}".splitlines()[0]
+
+
 def admit(
     contenders: Mapping[str, Contender], check: Callable[[Contender], float]
 ) -> tuple[dict[str, Contender], dict[str, dict]]:
@@ -111,9 +115,10 @@ def admit(
         try:
             distance = check(contender)
         except Exception as exception:  # peers may raise anything, and it is their result
-            found[name] = {"status": "refused", "reason": f"{type(exception).__name__}: {exception}".splitlines()[0]}
+            found[name] = {"status": "refused", "reason": reason(exception)}
             continue
-        right = distance <= LARGEST_ERROR[next(contender.workload.model.parameters()).dtype]
+        dtype = next(contender.workload.model.parameters()).dtype
+        right = distance <= LARGEST_ERROR[dtype] + contender.clips_more
         found[name] = {"status": "timed" if right else "wrong", "error": distance}
         if right:
             admitted[name] = contender
@@ -198,8 +203,12 @@ def time_case(case: Case, rounds: int, names: Sequence[str]) -> dict:
     counted = operations.count(workload.model, first_rows(workload.batch, 1), workload.config, causal=causal)
     admitted, found = admit({name: CONTENDERS[name](workload) for name in names}, against_autograd(workload))
     run = [workload.micro_batch] * min(2, workload.micro_batches)
-    for contender in admitted.values():
-        step(contender, run[:1])
+    for name, contender in list(admitted.items()):
+        try:
+            step(contender, run[:1])
+        except Exception as exception:  # right on three rows, and yet not able to make a step
+            found[name] = {"status": "failed", "reason": reason(exception)}
+            del admitted[name]
     with freed_memory_kept():
         timed = interleave(list(admitted), rounds, lambda name, number: step(admitted[name], run))
     for name, figures in summarise(timed, workload.micro_batches - len(run)).items():

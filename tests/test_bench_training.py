@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 NAMES = ("sentiment", "families", "operations", "contenders", "training_report", "training")
+PEERS = ("opacus_ghost", "opacus_per_sample")
 SIZE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
 
 
@@ -92,6 +93,32 @@ def test_a_peer_that_refuses_is_reported_with_its_reason(benchmark: SimpleNamesp
     admitted, found = admit(benchmark, load, **kinds)
     assert set(admitted) == {"flat", "opacus_per_sample"}
     assert found["opacus_ghost"]["status"] == "refused" and "tying" in found["opacus_ghost"]["reason"]
+
+
+def test_a_peer_that_refuses_leaves_nothing_to_the_next_one(benchmark: SimpleNamespace) -> None:
+    contenders = benchmark.contenders
+    load = contenders.Workload(contenders.Case("tiny", lambda: llama(tied=True), contenders.CHECKED_ROWS + 1, 8))
+    admitted, _ = admit(benchmark, load, **{name: contenders.CONTENDERS[name] for name in PEERS})
+    assert set(admitted) == {"opacus_per_sample"}
+    assert benchmark.training.step(admitted["opacus_per_sample"], [load.micro_batch])["last"] > 0
+
+
+def test_a_contender_that_fails_at_the_full_micro_batch_is_reported_and_the_others_are_timed(
+    benchmark: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contenders = benchmark.contenders
+
+    class TooLarge(contenders.Ours):
+        def micro_batch(self, batch: Any) -> None:
+            if len(batch["input_ids"]) > contenders.CHECKED_ROWS:
+                raise MemoryError("no room for more rows")
+            super().micro_batch(batch)
+
+    monkeypatch.setitem(contenders.CONTENDERS, "too_large", TooLarge)
+    case = contenders.Case("tiny", llama, contenders.CHECKED_ROWS + 1, 8)
+    found = benchmark.training.time_case(case, 1, ["plain", "flat", "too_large"])["contenders"]
+    assert found["too_large"] == {"status": "failed", "reason": "MemoryError: no room for more rows"}
+    assert found["flat"]["step_ratio"] > 0
 
 
 def test_a_step_leaves_no_hook_and_no_gradient_behind(benchmark: SimpleNamespace) -> None:

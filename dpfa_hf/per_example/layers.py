@@ -166,7 +166,8 @@ class Outer:
 
     @property
     def narrow(self) -> bool:
-        """Whether the gradients are smaller than what they are made of, or not much larger, whatever the length."""
+        """Whether the gradients are at most 64 / T times as large as what they are made of; the same for every T, or
+        else the longest row would decide how its neighbours' norms round."""
         return not _may_be_gram(self.left.shape[-1], self.right.shape[-1]) and not fused(self.left, self.right)
 
     def written_out(self) -> Dense:
@@ -450,7 +451,7 @@ class Dense:
         return Dense(self.grads.flatten(1).masked_fill(~keep[:, None], 0).view_as(self.grads))
 
     def double(self) -> Dense:
-        return Dense(self.grads.double(), self.mass_of_terms)
+        return Dense(self.grads.double())
 
     def example(self, i: int) -> torch.Tensor:
         return self.grads[i].double()

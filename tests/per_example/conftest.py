@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 VOCABULARY = 53
 LENGTHS = (6, 4, 9, 3, 7)
@@ -276,6 +277,20 @@ def regimes(gradients: Sequence[Mapping[str, torch.Tensor]]) -> tuple[float, flo
     return norms[0] / 10, (norms[-1] * norms[-2]) ** 0.5
 
 
+class Products(TorchDispatchMode):
+    """Shapes of all matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm):
+            self.shapes.append(tuple(out.shape))
+        return out
+
+
 @pytest.fixture(scope="session")
 def lab() -> SimpleNamespace:
     """The functions of this file: test modules cannot import it."""
@@ -289,6 +304,7 @@ def lab() -> SimpleNamespace:
         clipped_sum,
         relative_error,
         regimes,
+        Products,
     )
     return SimpleNamespace(**{function.__name__: function for function in functions})
 

@@ -707,29 +707,15 @@ def test_exact_sums_refuse_a_layer_for_which_no_bound_is_proven() -> None:
 # One backward pass
 
 
-class Products(TorchDispatchMode):
-    """Shapes of all matrix products."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shapes: list[tuple[int, ...]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm):
-            self.shapes.append(tuple(out.shape))
-        return out
-
-
 def test_autograd_computes_no_weight_gradient(lab: SimpleNamespace) -> None:
     model = lab.build("bert")
     engine = engine_of(model)
     batch = lab.collate(model, lab.rows_of("bert", model))
     weights = {tuple(p.shape) for p in model.parameters() if p.dim() == 2}
     weights |= {shape[::-1] for shape in weights}
-    with engine.attached(), Products() as seen:
+    with engine.attached(), lab.Products() as seen:
         engine.backward(batch)
     assert len(seen.shapes) > 20 and not weights & set(seen.shapes)
-    with Products() as seen:
+    with lab.Products() as seen:
         engine.loss(model, batch).sum().backward()
     assert weights & set(seen.shapes), "the mutant, an ordinary backward pass, should have been seen"

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from dpfa_hf.errors import PrivacyError
@@ -394,20 +393,6 @@ def test_checkpointing_keeps_its_saving(no_gc: None) -> None:
     assert between[-1] == {("input", k) for k in range(6)}, "the mutant keeps all, and should have been seen"
 
 
-class Products(TorchDispatchMode):
-    """Shapes of all matrix products."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shapes: list[tuple[int, ...]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm):
-            self.shapes.append(tuple(out.shape))
-        return out
-
-
 def test_autograd_computes_no_weight_gradient(lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     model = lab.build("bert")
     engine = engine_of(model)
@@ -417,7 +402,7 @@ def test_autograd_computes_no_weight_gradient(lab: SimpleNamespace, monkeypatch:
     monkeypatch.setattr(engine, "_uses", lambda calls: {name: [] for name in engine.clipping_groups()})
     monkeypatch.setattr(engine, "norms", lambda uses, size, device: torch.zeros(99, size, dtype=torch.float64))
     monkeypatch.setattr(engine, "_add", lambda uses, norms: None)
-    with Products() as seen:
+    with lab.Products() as seen:
         engine.accumulate(batch)
     assert len(seen.shapes) > 20 and not weights & set(seen.shapes)
 
