@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, Sampler
 
 from dpfa_hf.errors import PrivacyError
 from dpfa_hf.per_example import packing
+from dpfa_hf.processes import Processes
 
 
 class TruncatedPoissonSampler(Sampler[np.ndarray]):
@@ -84,6 +85,30 @@ class TruncatedPoissonSampler(Sampler[np.ndarray]):
         successes = _bernoulli_successes(self.num_units, self.sampling_probability)
         order = np.argsort(_operating_system_words(len(successes)))
         return successes[order[: self.max_batch_size]]
+
+
+class RankSlices(Sampler[np.ndarray]):
+    """One process's share of every draw; all processes iterate together, over the draws of the first (P8).
+
+    Args:
+        draws: read in the first process alone; of a length that all processes agree on.
+        processes: who shares them.
+
+    Guarantee:
+        Every unit of a draw is in the share of exactly one process, whole.
+    """
+
+    def __init__(self, draws: TruncatedPoissonSampler, processes: Processes) -> None:
+        self.draws, self.processes = draws, processes
+
+    def __len__(self) -> int:
+        return len(self.draws)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Yields int64 arrays, of lengths that differ by at most one between the processes."""
+        draws = iter(self.draws)
+        for _ in range(len(self.draws)):
+            yield self.processes.own_slice(self.processes.from_first(lambda: next(draws)))
 
 
 class LogicalBatches(Dataset[list[Any]]):

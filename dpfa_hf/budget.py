@@ -30,7 +30,7 @@ class PrivacyBudget:
 
     Args:
         plan: the plan of the run.
-        ledger: where the run is recorded.
+        ledger: where the run is recorded; None in processes that follow what the first one has charged.
         run: the run's id in the ledger.
         steps: steps that the ledger has charged to it already.
 
@@ -39,12 +39,12 @@ class PrivacyBudget:
         `plan.max_steps`, the last one whose epsilon is within the target (P20).
     """
 
-    def __init__(self, plan: PrivacyPlan, ledger: Ledger, run: str, steps: int = 0) -> None:
+    def __init__(self, plan: PrivacyPlan, ledger: Ledger | None, run: str, steps: int = 0) -> None:
         self.plan, self.ledger, self.run, self.steps = plan, ledger, run, steps
         self._curve = EpsilonCurve(plan)
 
-    def charge(self) -> None:
-        """Write the next step ahead; call it before drawing its noise.
+    def charge(self) -> int:
+        """Write the next step ahead; call it before drawing its noise. Returns the steps charged.
 
         Raises:
             PrivacyError: the budget is exhausted, or the ledger cannot be written. The step must not be taken then.
@@ -54,7 +54,10 @@ class PrivacyBudget:
                 f"the budget of run {self.run} is used up: {self.steps} of {self.plan.max_steps} steps are charged; "
                 "train a new model with a new DPTrainer"
             )
+        if self.ledger is None:
+            raise PrivacyError(f"this process has no ledger: the first one charges the steps of run {self.run}")
         self.steps = self.ledger.charge_step(self.run, self.steps + 1)
+        return self.steps
 
     @property
     def exhausted(self) -> bool:

