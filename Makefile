@@ -6,6 +6,7 @@
 # make bench            time and memory of training steps beside peers, and of noise, into benchmarks/results/ and the
 #                       README
 # make bench-accuracy   five runs of the demo, into benchmarks/results/
+# make drill            kill a job of two processes fifty times and resume it, into benchmarks/results/
 # make bench-attention  measurements of attention, into benchmarks/results/
 
 PYTHON ?= python3
@@ -66,6 +67,9 @@ bench: $(VENV)/.test
 
 bench-accuracy: $(VENV)/.test
 	$(BIN)/python benchmarks/sentiment.py
+
+drill: $(VENV)/.test
+	$(BIN)/python benchmarks/drill.py
 
 bench-attention: $(VENV)/.test
 	$(BIN)/python benchmarks/attention.py

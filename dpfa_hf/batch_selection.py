@@ -91,7 +91,7 @@ class RankSlices(Sampler[np.ndarray]):
     """One process's share of every draw; all processes iterate together, over the draws of the first (P8).
 
     Args:
-        draws: read in the first process alone; of a length that all processes agree on.
+        draws: read in the first process alone.
         processes: who shares them.
 
     Guarantee:
@@ -107,8 +107,8 @@ class RankSlices(Sampler[np.ndarray]):
     def __iter__(self) -> Iterator[np.ndarray]:
         """Yields int64 arrays, of lengths that differ by at most one between the processes."""
         draws = iter(self.draws)
-        for _ in range(len(self.draws)):
-            yield self.processes.own_slice(self.processes.from_first(lambda: next(draws)))
+        while (draw := self.processes.from_first(lambda: next(draws, None))) is not None:
+            yield self.processes.own_slice(draw)
 
 
 class LogicalBatches(Dataset[list[Any]]):

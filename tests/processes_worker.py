@@ -309,6 +309,15 @@ def second_half(folder: Path) -> dict[str, Any]:
     return run(trainer, resume_from_checkpoint=True) | {"plan": trainer.privacy_plan}
 
 
+def long(folder: Path) -> dict[str, Any]:
+    """A job that goes on from wherever it was left, until its budget is used up."""
+    (folder.parent / f"pid{os.environ['RANK']}").write_text(str(os.getpid()))
+    trainer = build(folder, steps=40, save_strategy="steps", save_steps=2, learning_rate=1e-3, save_total_limit=3)
+    whole = list((folder / "out").glob("checkpoint-*/trainer_state.json"))
+    trainer.train(resume_from_checkpoint=True if whole else None)
+    return {"steps": trainer.privacy_spent().steps}
+
+
 def observed(folder: Path) -> dict[str, Any]:
     """What is logged and written where the operator lets the loss be seen."""
     trainer = build(folder, noise=False, save_strategy="steps", save_steps=4, privacy={"log_private_metrics": True})
@@ -332,6 +341,7 @@ SCENARIOS: dict[str, Callable[[Path], dict[str, Any]]] = {
         known,
         private,
         mutants,
+        long,
         observed,
         first_half,
         second_half,

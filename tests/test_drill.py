@@ -1,0 +1,45 @@
+"""Six kills of a real job; `make drill` makes fifty. And what the drill looks for is found when it is there."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> Iterator[ModuleType]:
+    before = {name: sys.modules.pop(name, None) for name in ("drill", "sentiment")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        yield importlib.import_module("drill")
+    for name, module in before.items():
+        sys.modules.pop(name, None)
+        if module is not None:
+            sys.modules[name] = module
+
+
+def test_six_kills_lose_no_budget_leave_no_process_and_spoil_no_weights(benchmark: ModuleType, tmp_path: Path) -> None:
+    records = list(benchmark.drill(6, 0, tmp_path / "drill"))
+    assert [record for record in records if record["broken"]] == []
+    assert {record["victim"] for record in records} == {*benchmark.VICTIMS, None}
+    assert max(record["charged"] for record in records) >= benchmark.STEPS
+
+    job = object.__new__(benchmark.Job)
+    job.folder = min((tmp_path / "drill").iterdir())
+    assert benchmark.problems(job) == []
+    (weights,) = sorted(job.folder.glob("long/out/checkpoint-*/model.safetensors"))[-1:]
+    sound = load_file(weights)
+    save_file({name: tensor * torch.nan for name, tensor in sound.items()}, weights, {"format": "pt"})
+    assert any("not finite" in problem for problem in benchmark.problems(job))
+    state = weights.parent / "trainer_state.json"
+    state.write_text(state.read_text().replace('"global_step": 2', '"global_step": 99'))
+    assert any("more steps than the ledger" in problem for problem in benchmark.problems(job))
