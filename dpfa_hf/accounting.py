@@ -32,6 +32,7 @@ _PROGRESS_POINTS = 64
 # Andrew et al. 2021 (arXiv:1905.03871) aim at the median at this rate, at which C moves tenfold in two dozen steps; the
 # weight makes the quantile coordinate, whose half counts, as dear as the loss curve at its default.
 _CLIPPING_QUANTILE, _CLIPPING_LEARNING_RATE, _CLIPPING_QUANTILE_WEIGHT = 0.5, 0.2, 0.16
+_MAX_EXAMPLES_PER_USER = 8
 
 
 def make_plan(
@@ -65,8 +66,6 @@ def make_plan(
     Raises:
         PrivacyError: the arguments and the sizes contradict each other, or not even one step fits the target.
     """
-    if privacy_args.privacy_unit == "user":
-        raise PrivacyError("privacy_unit='user' is not built yet; use privacy_unit='example' or 'document'.")
     if privacy_args.expected_batch_size is not None:
         expected_batch_size = privacy_args.expected_batch_size
     sizes = {"num_units": num_units, "expected_batch_size": expected_batch_size, "max_steps": max_steps}
@@ -98,11 +97,13 @@ def make_plan(
             f"max_batch_size={ceiling} is exceeded so often that accountant='rdp' has no delta left; raise "
             "max_batch_size or use accountant='pld'."
         )
-    adaptive = privacy_args.clipping == "adaptive"
+    adaptive, of_users = privacy_args.clipping == "adaptive", privacy_args.privacy_unit == "user"
     loss_max = privacy_args.private_loss_max if privacy_args.private_loss_max is not None else loss_scale
     shows_loss = private and loss_max is not None and privacy_args.private_loss_weight > 0
     draft = PrivacyPlan(
         privacy_unit=privacy_args.privacy_unit,
+        privacy_unit_column=privacy_args.privacy_unit_column or "",
+        max_examples_per_user=(privacy_args.max_examples_per_user or _MAX_EXAMPLES_PER_USER) if of_users else 1,
         adjacency=privacy_args.adjacency,
         accountant=privacy_args.accountant,
         clipping=privacy_args.clipping,

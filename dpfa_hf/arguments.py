@@ -119,12 +119,24 @@ class PrivacyArguments:
         default="example",
         metadata={
             "help": "What is protected. example: one row of the data set. document: the same, and a padding-free data "
-            "collator may pack the rows of a draw. user: all rows that share a value of privacy_unit_column."
+            "collator may pack the rows of a draw. user: all rows that share a value of privacy_unit_column; batch "
+            "sizes then count users."
         },
     )
     privacy_unit_column: str | None = field(
         default=None,
-        metadata={"help": "Column whose value names the user that a row belongs to. Only with privacy_unit=user."},
+        metadata={
+            "help": "Column of a datasets.Dataset, of text or whole numbers, whose value names the user that a row "
+            "belongs to. Only with privacy_unit=user."
+        },
+    )
+    max_examples_per_user: int | None = field(
+        default=None,
+        metadata={
+            "help": "How many of a user's rows, drawn at random, a step takes at most: their losses are averaged and "
+            "the user's gradient is clipped once. A micro-batch holds at most per_device_train_batch_size times as "
+            "many rows. Only with privacy_unit=user. Default: 8."
+        },
     )
     adjacency: Literal["zero_out", "replace_one"] = field(
         default="zero_out",
@@ -232,7 +244,7 @@ class PrivacyArguments:
         for name in ("target_delta", "dataset_budget_delta"):
             if (value := getattr(self, name)) is not None:
                 require(name, 0 < value < 1, "strictly between 0 and 1")
-        for name in ("expected_batch_size", "max_batch_size"):
+        for name in ("expected_batch_size", "max_batch_size", "max_examples_per_user"):
             if (value := getattr(self, name)) is not None:
                 require(name, value >= 1, "at least 1")
         for name in ("ledger_dataset", "privacy_unit_column"):
@@ -255,10 +267,16 @@ class PrivacyArguments:
             )
         if self.privacy_unit == "user" and self.privacy_unit_column is None:
             raise PrivacyError("privacy_unit='user' needs privacy_unit_column, the column that names the user.")
-        if self.privacy_unit != "user" and self.privacy_unit_column is not None:
+        for name in ("privacy_unit_column", "max_examples_per_user"):
+            if self.privacy_unit != "user" and getattr(self, name) is not None:
+                raise PrivacyError(
+                    f"{name} is only for privacy_unit='user', not {self.privacy_unit!r}, whose rows are clipped one by "
+                    "one and protect no user; drop it or set privacy_unit='user'."
+                )
+        if self.privacy_unit == "user" and self.floating_point == "hardened":
             raise PrivacyError(
-                f"privacy_unit_column is only for privacy_unit='user', not {self.privacy_unit!r}; drop it or set "
-                "privacy_unit='user'."
+                "floating_point='hardened' is proven for rows computed alone, and privacy_unit='user' computes a "
+                "user's rows together; set floating_point='snapped'."
             )
         for name in ("clipping_quantile", "clipping_learning_rate"):
             if self.clipping != "adaptive" and getattr(self, name) is not None:

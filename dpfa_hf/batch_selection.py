@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
@@ -13,7 +14,11 @@ from torch.utils.data import Dataset, Sampler
 
 from dpfa_hf.errors import PrivacyError
 from dpfa_hf.per_example import packing
+from dpfa_hf.per_example.units import ROWS_PER_UNIT
 from dpfa_hf.processes import Processes
+
+# Rows' indices, or of users the indices of each one's rows: what `LogicalBatches` makes micro-batches of.
+DrawnUnits = np.ndarray | list[np.ndarray]
 
 
 class TruncatedPoissonSampler(Sampler[np.ndarray]):
@@ -111,44 +116,155 @@ class RankSlices(Sampler[np.ndarray]):
             yield self.processes.own_slice(draw)
 
 
-class LogicalBatches(Dataset[list[Any]]):
-    """Turns the indices of a draw into a list of collated micro-batches, in a data loader's worker if there are any.
+class Users:
+    """Whose the rows of a data set are, in two arrays, whatever the number of rows and users.
 
-    Rows of like length share a micro-batch, which saves padding; the sum over the logical batch does not depend on it.
-    Only rows of one form do: collators take columns and types from the first row, so that one without an attention mask
-    would take away its neighbours'.
+    Args:
+        owner: integers [rows], 0 <= owner < n: the user of each row. One without rows adds zero to every step.
+    """
+
+    def __init__(self, owner: np.ndarray) -> None:
+        self._rows = np.argsort(owner, kind="stable").astype(np.min_scalar_type(len(owner)))
+        self._ends = np.cumsum(np.bincount(owner))
+
+    @classmethod
+    def of(cls, dataset: Any, column: str) -> Users:
+        """The users that a column of a `datasets.Dataset` names; equal values are one user.
+
+        What is read stays here: no value is kept, logged or quoted, and a user's number says nothing outside.
+
+        Raises:
+            PrivacyError: the data set declares no columns, or not this one; its values are neither text nor whole
+                numbers; or a row has none. That every row names its user is public, as are the columns' names: counted
+                as one user, or each as its own, such rows would be other users' rows without their protection.
+        """
+        import pyarrow
+
+        features = getattr(dataset, "features", None)
+        if not isinstance(features, Mapping) or not hasattr(dataset, "with_format"):
+            raise PrivacyError(
+                f"privacy_unit='user' reads privacy_unit_column from a datasets.Dataset, not from a "
+                f"{type(dataset).__name__}; build one, such as with datasets.Dataset.from_list"
+            )
+        if column not in features:
+            raise PrivacyError(
+                f"train_dataset has no column {column!r}; let privacy_unit_column be one of {sorted(features)}"
+            )
+        values = dataset.select_columns(column).with_format("arrow")[:][column]
+        text = pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type)
+        if not text and not pyarrow.types.is_integer(values.type):
+            raise PrivacyError(
+                f"privacy_unit_column={column!r} holds {values.type}; name a column of text or whole numbers, of "
+                "which two are equal or not"
+            )
+        if values.null_count:
+            raise PrivacyError(
+                f"privacy_unit_column={column!r} has rows without a value, which belong to nobody; drop them, or give "
+                "each the name of its user"
+            )
+        codes = [part.indices.to_numpy() for part in values.dictionary_encode().unify_dictionaries().chunks]
+        return cls(np.concatenate(codes))
+
+    def __len__(self) -> int:
+        """n, the public number of users."""
+        return len(self._ends)
+
+    def draw(self, user: int, most: int) -> np.ndarray:
+        """Positions of min(k, m) of the user's m rows; `most` is k.
+
+        Guarantee:
+            Every subset of that size is as likely as any other, independently of all other draws (Floyd's algorithm;
+            Bentley and Floyd 1987, CACM 30:9): the integers come from the operating system and are exactly uniform, and
+            none is drawn for anybody else (P9). Time does not grow with m.
+        """
+        rows = self._rows[self._ends[user - 1] if user else 0 : self._ends[user]]
+        if len(rows) <= most:
+            return rows.astype(np.int64)
+        chosen: set[int] = set()
+        for last in range(len(rows) - most, len(rows)):
+            pick = secrets.randbelow(last + 1)
+            chosen.add(last if pick in chosen else pick)
+        return rows[sorted(chosen)].astype(np.int64)
+
+
+class LogicalBatches(Dataset[list[Any]]):
+    """Turns the units of a draw into a list of collated micro-batches, in a data loader's worker if there are any.
+
+    A unit is one row, or the rows of one user. Units of like length share a micro-batch, which saves padding; the sum
+    over the logical batch does not depend on it. Only rows of one form do: collators take columns and types from the
+    first row, so that one without an attention mask would take away its neighbours'.
 
     Args:
         dataset: map-style; rows are what `collate` takes.
         collate: list of rows -> collated micro-batch.
-        micro_batch_size: rows in a micro-batch, at most.
+        micro_batch_size: a micro-batch holds at most so many times `max_examples_per_user` rows, and as many whole
+            units as fit in.
         packed: whether `collate` puts all rows into one without padding; what comes out is in the form of
             `per_example.packing` then.
+        users: whose the rows are; what comes out is in the form of `per_example.units` then. None if every row is a
+            unit.
+        max_examples_per_user: public k >= 1, the most rows of one unit in a step.
 
     Guarantee:
         A row that cannot be read or collated, or that is not collated to one entry, is left out of the sum, by itself:
-        it changes neither its neighbours nor whether training goes on (P23). The drawn rows are packed as they were
-        drawn: each is one whole document of one micro-batch, and none is cut, dropped or kept for later (P6).
+        it changes neither its neighbours nor whether training goes on (P23). Of a user, all rows are: that they are
+        depends on the user's rows alone, and what is averaged is always the mean over all rows drawn. The drawn units
+        are packed as they were drawn: each is whole in one micro-batch, and none is cut, dropped or kept for later (P4,
+        P6).
     """
 
     def __init__(
-        self, dataset: Any, collate: Callable[[list[Any]], Any], micro_batch_size: int, *, packed: bool = False
+        self,
+        dataset: Any,
+        collate: Callable[[list[Any]], Any],
+        micro_batch_size: int,
+        *,
+        packed: bool = False,
+        users: Users | None = None,
+        max_examples_per_user: int = 1,
     ) -> None:
+        _require_count("micro_batch_size", micro_batch_size, 1)
+        _require_count("max_examples_per_user", max_examples_per_user, 1)
         self.dataset, self.collate, self.micro_batch_size, self.packed = dataset, collate, micro_batch_size, packed
+        self.users, self.max_examples_per_user = users, max_examples_per_user
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.dataset if self.users is None else self.users)
 
-    def __getitem__(self, indices: np.ndarray) -> list[Any]:
-        forms: dict[Any, list[Any]] = {}
-        for row in sorted((row for index in indices for row in self._read(int(index))), key=_row_length):
-            forms.setdefault(_row_form(row), []).append(row)
-        return [
-            collated
-            for rows in forms.values()
-            for part in split_micro_batches(np.arange(len(rows)), self.micro_batch_size)
-            for collated in self._collate([rows[i] for i in part])
-        ]
+    def units(self, indices: np.ndarray) -> DrawnUnits:
+        """What stands for the drawn units in `self[...]`, all or some of them: of users, the rows drawn of each.
+
+        Trying a unit again must not draw its rows again. Whether it is tried again may depend on the others, and its
+        rows would then too.
+        """
+        if self.users is None:
+            return indices
+        return [self.users.draw(int(index), self.max_examples_per_user) for index in indices]
+
+    def __getitem__(self, units: DrawnUnits) -> list[Any]:
+        forms: dict[Any, list[list[Any]]] = {}
+        for rows in sorted((rows for unit in units for rows in self._read_unit(unit)), key=_unit_length):
+            forms.setdefault(_unit_form(rows), []).append(rows)
+        return [collated for alike in forms.values() for part in self._parts(alike) for collated in self._collate(part)]
+
+    def _parts(self, units: list[list[Any]]) -> list[list[list[Any]]]:
+        """Cuts units into micro-batches of consecutive ones."""
+        most = self.micro_batch_size * self.max_examples_per_user
+        parts: list[list[list[Any]]] = []
+        size = most
+        for unit in units:
+            size += len(unit)
+            if size > most:
+                parts.append([])
+                size = len(unit)
+            parts[-1].append(unit)
+        return parts
+
+    def _read_unit(self, unit: Any) -> list[list[Any]]:
+        """Its rows, if all of them can be read."""
+        indices = np.atleast_1d(unit)
+        rows = [row for index in indices for row in self._read(int(index))]
+        return [rows] if rows and len(rows) == len(indices) else []
 
     def _read(self, index: int) -> list[Any]:
         try:
@@ -157,7 +273,8 @@ class LogicalBatches(Dataset[list[Any]]):
         except Exception:  # any row may raise anything
             return []
 
-    def _collate(self, rows: list[Any]) -> list[Any]:
+    def _collate(self, units: list[list[Any]]) -> list[Any]:
+        rows = [row for unit in units for row in unit]
         try:
             collated = self.collate(rows)
             if self.packed:
@@ -166,12 +283,12 @@ class LogicalBatches(Dataset[list[Any]]):
                 if len(rows) == 1 or packing.lengths(batch) == [packing.aligned_length(row) for row in rows]:
                     return [batch]
             elif all(len(value) == len(rows) for value in collated.values()):
-                return [collated]
+                return [collated if self.users is None else {**collated, ROWS_PER_UNIT: tuple(map(len, units))}]
         except Exception:  # any row may raise anything
             pass
-        if len(rows) == 1:
+        if len(units) == 1:
             return []
-        return [collated for row in rows for collated in self._collate([row])]
+        return [collated for unit in units for collated in self._collate([unit])]
 
 
 def _is_aligned(row: Any) -> bool:
@@ -192,6 +309,16 @@ def _row_form(row: Any) -> Any:
     return tuple(
         sorted((str(name), type(value).__name__, str(getattr(value, "dtype", ""))) for name, value in row.items())
     )
+
+
+def _unit_form(rows: list[Any]) -> Any:
+    """The form of a unit's rows; a unit of several forms is like no other."""
+    forms = [_row_form(row) for row in rows]
+    return forms[0] if all(form == forms[0] for form in forms) else object()
+
+
+def _unit_length(rows: list[Any]) -> int:
+    return max(map(_row_length, rows))
 
 
 def _row_length(row: Any) -> int:

@@ -107,7 +107,9 @@ def _options(
 def plan(
     num_units: Annotated[
         int | None,
-        typer.Option("--num-units", "-n", min=1, help="Privacy units in the data set: its rows, before any filter."),
+        typer.Option(
+            "--num-units", "-n", min=1, help="Privacy units in the data set: its rows, or users, before any filter."
+        ),
     ] = None,
     target_epsilon: Annotated[
         list[float] | None,
@@ -129,6 +131,12 @@ def plan(
     noise_multiplier: Annotated[
         float | None, typer.Option(help="Fix sigma; the steps are then cut to what epsilon affords.")
     ] = None,
+    privacy_unit: Annotated[
+        str,
+        typer.Option(
+            callback=_one_of("example", "document", "user"), help="What --num-units and batch sizes count; no price."
+        ),
+    ] = "example",
     adjacency: Annotated[
         str, typer.Option(callback=_one_of("zero_out", "replace_one"), help="zero_out, or replace_one (dearer).")
     ] = "zero_out",
@@ -216,6 +224,9 @@ def plan(
                 clipping=clipping,  # type: ignore[arg-type]
                 private_loss_weight=private_loss_weight,
                 max_batch_size=max_batch_size,
+                privacy_unit=privacy_unit,  # type: ignore[arg-type]
+                # Any name will do: nothing that is printed depends on it.
+                privacy_unit_column="user" if privacy_unit == "user" else None,
                 adjacency=adjacency,  # type: ignore[arg-type]
                 accountant=accountant,  # type: ignore[arg-type]
                 floating_point=floating_point,  # type: ignore[arg-type]
@@ -276,7 +287,9 @@ def _planned(arguments: PrivacyArguments, num_units: int, batch: int, steps: int
     prices = statistics_prices(found)
     names = ("epsilon", "delta", "noise_multiplier", "clipping_norm", "sampling_probability", "max_steps")
     return {
-        **{name: getattr(found, name) for name in (*names, "max_batch_size", "adjacency", "accountant")},
+        **{
+            name: getattr(found, name) for name in (*names, "max_batch_size", "privacy_unit", "adjacency", "accountant")
+        },
         "noise_per_example": found.noise_standard_deviation / found.expected_batch_size,
         "price_private_loss": prices.get("private_loss"),
         "price_adaptive_clipping": prices.get("adaptive_clipping"),

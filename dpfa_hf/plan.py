@@ -41,15 +41,18 @@ class PrivacyPlan:
     """Everything about a run that its guarantee depends on, fixed before step 1 and never recomputed (P19).
 
     Guarantee: with every unit in every step independently with `sampling_probability`, at most `max_batch_size` of them
-    kept at random, unit contributions clipped to the clipping norm and lengthened by the coordinates of
-    `dpfa_hf.statistics`, Gaussian noise of `noise_standard_deviation_at` that norm added once to every coordinate of
-    their sum, and at most `max_steps` steps, the released weights and statistics are (`epsilon`, `delta`)-DP for
-    `privacy_unit` under `adjacency`. An `epsilon` of inf is no guarantee at all.
+    kept at random, unit contributions (a user's: of at most `max_examples_per_user` rows, averaged) clipped to the
+    clipping norm and lengthened by the coordinates of `dpfa_hf.statistics`, Gaussian noise of
+    `noise_standard_deviation_at` that norm added once to every coordinate of their sum, and at most `max_steps` steps,
+    the released weights and statistics are (`epsilon`, `delta`)-DP for `privacy_unit` under `adjacency`. An `epsilon`
+    of inf is no guarantee at all.
 
     Built by `dpfa_hf.accounting.make_plan`. Construction checks types and ranges only.
 
     Attributes:
-        privacy_unit: what is protected, "example" or "document".
+        privacy_unit: what is protected, "example", "document" or "user".
+        privacy_unit_column: the column that names the user; "" for other units.
+        max_examples_per_user: k, the most rows of one unit in a step; 1 for other units.
         adjacency: "zero_out" or "replace_one".
         accountant: "pld" or "rdp".
         clipping: "flat", "automatic", "per_layer" or "adaptive".
@@ -81,6 +84,8 @@ class PrivacyPlan:
     """
 
     privacy_unit: str
+    privacy_unit_column: str
+    max_examples_per_user: int
     adjacency: str
     accountant: str
     clipping: str
@@ -114,6 +119,7 @@ class PrivacyPlan:
             object.__setattr__(self, name, kind(value))
         adaptive = self.clipping == "adaptive"
         possible = {
+            "max_examples_per_user": self.max_examples_per_user >= 1,
             "num_units": self.num_units >= 1,
             "sampling_probability": 0 < self.sampling_probability <= 1,
             "expected_batch_size": self.expected_batch_size >= 1,
@@ -143,6 +149,11 @@ class PrivacyPlan:
     def noise_standard_deviation_at(self, clipping_norm: float) -> float:
         """Standard deviation of the noise on every coordinate of the sum of a step clipped to `clipping_norm`."""
         return self.noise_multiplier * clipping_norm
+
+    @property
+    def declared_unit(self) -> str:
+        """What a data set's budget is bound to: users by one column are other units than users by another (P22)."""
+        return f"user by {self.privacy_unit_column}" if self.privacy_unit == "user" else self.privacy_unit
 
     @property
     def noise_standard_deviation(self) -> float:

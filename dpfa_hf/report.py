@@ -62,11 +62,19 @@ _UNITS = {
         "one document, that is, one row of the training data set",
         "each row is sampled by itself and only then packed, whole, with the others that were drawn",
     ),
-    "user": ("all rows of one user", "rows with the same value of the declared column count as one"),
+    "user": (
+        "one user, that is, all rows of the training data set with one value in the column {plan.privacy_unit_column}",
+        "each user is sampled by itself, then at most {plan.max_examples_per_user} of the user's rows at random; their "
+        "losses are averaged, and the user's gradient is clipped once",
+    ),
 }
 _ADJACENCIES = {
     "zero_out": "one unit replaced by nothing; the number of units n is public",
     "replace_one": "one unit replaced by any other; the number of units n is public",
+}
+_USERS_NEIGHBOURS = {
+    "zero_out": ", all of whose rows go; another text in one of a user's rows is not covered at this epsilon",
+    "replace_one": ", with as many rows and whichever; changing one of a user's rows is covered too",
 }
 _TRUST_MODEL = (
     "Central: whoever ran the training, the machine and this software saw the raw data. The guarantee holds against "
@@ -144,6 +152,12 @@ def build_report(
     because = "; ".join(reason for reason, holds in reasons.items() if holds) or None
     private = because is None
     unit, built = _UNITS[plan.privacy_unit]
+    neighbours = _ADJACENCIES[plan.adjacency]
+    public = "n, the columns' names and kinds, the model's architecture and every number in this report"
+    if plan.privacy_unit == "user":
+        unit, built = (text.format(plan=plan) for text in (unit, built))
+        neighbours += _USERS_NEIGHBOURS[plan.adjacency]
+        public = f"that n is the number of users and that every row names one, {public}"
     base_model, origin = _base_model(model["base_model"])
     spent = (None, None) if dataset_spent is None else dataset_spent if private else (math.inf, dataset_spent[1])
     report = {
@@ -170,8 +184,8 @@ def build_report(
             "what": unit,
             "how_built": f"{built}; n counts them as the data set was handed over",
             "adjacency": plan.adjacency,
-            "neighbours": _ADJACENCIES[plan.adjacency],
-            "public": "n, the columns' names and kinds, the model's architecture and every number in this report",
+            "neighbours": neighbours,
+            "public": public,
         },
         "mechanism": {
             "name": "DP-SGD: clipped per-unit gradients, summed, plus Gaussian noise",
@@ -356,6 +370,11 @@ def _assumptions(
         "The ledger was not edited, deleted or put back to an older copy": WORD,
         "The machine kept the raw data, the noise keys and the unreleased files to itself": WORD,
     }
+    if plan.privacy_unit == "user":
+        found |= {
+            "A user is whole in one micro-batch; at most k rows, drawn afresh, give one clipped gradient": ENFORCED,
+            "Each row is that of the user whom its column names, under the same name in all of a person's rows": WORD,
+        }
     if plan.privacy_unit == "document":
         found["One row of the data set is one whole document, neither packed nor cut before sampling"] = WORD
     found["All runs on the same people's data, tuning included, are recorded under one name"] = (
@@ -481,7 +500,7 @@ def _section(report: Mapping[str, Any]) -> str:
     if report["private"]:
         title = "## Differential privacy"
         statement = (
-            f"This model was trained with differential privacy. What is protected is **{unit['what']}**: there "
+            f"This model was trained with differential privacy. What is protected is **{_shown(unit['what'])}**: there "
             "is a limit to what these weights give away about it, whatever else somebody knows. The limit is "
             f"**ε = {epsilon} at δ = {delta}** (smaller is stronger): an attacker who knows all the other data, and "
             f"would otherwise have to toss a coin over {question}, is right at most "

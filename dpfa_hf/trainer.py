@@ -26,7 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from dpfa_hf.accounting import make_plan
 from dpfa_hf.arguments import PrivacyArguments
-from dpfa_hf.batch_selection import LogicalBatches, RankSlices, TruncatedPoissonSampler
+from dpfa_hf.batch_selection import DrawnUnits, LogicalBatches, RankSlices, TruncatedPoissonSampler, Users
 from dpfa_hf.budget import PrivacyBudget, PrivacySpent
 from dpfa_hf.callbacks import PrivacyBudgetCallback
 from dpfa_hf.errors import PrivacyError
@@ -69,14 +69,15 @@ else:
     _Base = object
 
 
-class _WithIndices(Dataset[tuple[np.ndarray, list[Any]]]):
-    """A logical batch together with the draw that it came from."""
+class _WithUnits(Dataset[tuple[DrawnUnits, list[Any]]]):
+    """A logical batch together with the units that it was made of."""
 
     def __init__(self, batches: LogicalBatches) -> None:
         self.batches = batches
 
-    def __getitem__(self, indices: np.ndarray) -> tuple[np.ndarray, list[Any]]:
-        return indices, self.batches[indices]
+    def __getitem__(self, indices: np.ndarray) -> tuple[DrawnUnits, list[Any]]:
+        units = self.batches.units(indices)
+        return units, self.batches[units]
 
 
 class DPTrainerMixin(_Base):
@@ -130,6 +131,9 @@ class DPTrainerMixin(_Base):
         self._packed = False
         self.args, self._micro_batch_size, expected = _private_copy(self.args, privacy_args)
         self._processes = Processes(self.args.ddp_timeout)
+        column = privacy_args.privacy_unit_column
+        self._users = None if column is None else Users.of(self.train_dataset, column)
+        self._users_named_by = self.train_dataset
         self._task: str | None = None
         if loss_fn is None:
             self._task = per_example_losses.task_of(self.model)
@@ -140,7 +144,7 @@ class DPTrainerMixin(_Base):
         self._keep_one_budget_callback()
 
     def _make_plan(self, expected_batch_size: int) -> PrivacyPlan:
-        num_units = len(self.train_dataset)
+        num_units = len(self.train_dataset if self._users is None else self._users)
         steps = self.args.max_steps
         if steps <= 0:
             steps = math.ceil(self.args.num_train_epochs * math.ceil(num_units / expected_batch_size))
@@ -227,7 +231,8 @@ class DPTrainerMixin(_Base):
             raise PrivacyError(_NO_SEARCH)
         _refuse_arguments(self.args, self._privacy_args)  # either may have been changed since
         _refuse_trainer(self, self._privacy_args, None if self._task is not None else self._engine.loss)
-        if len(self.train_dataset) != self.privacy_plan.num_units:
+        rows, users = len(self.train_dataset), self._users
+        if rows != self.privacy_plan.num_units if users is None else self.train_dataset is not self._users_named_by:
             raise PrivacyError("train_dataset was replaced after its plan was made; build a new DPTrainer with it")
         for module in self.model.modules():
             _refuse_reentrant(module)
@@ -277,7 +282,7 @@ class DPTrainerMixin(_Base):
             epsilon=plan.epsilon,
             delta=plan.delta,
             max_steps=plan.max_steps,
-            privacy_unit=plan.privacy_unit,
+            privacy_unit=plan.declared_unit,
             adjacency=plan.adjacency,
             budget=budget,
         )
@@ -396,19 +401,30 @@ class DPTrainerMixin(_Base):
         )
 
     def _collated_dataset(self) -> tuple[Any, Callable]:
-        """The training set without columns that the model does not take, and the collator, as Trainer pairs them."""
+        """The training set without columns that the model does not take, the user's among them, and the collator, as
+        Trainer pairs them."""
         if hasattr(self.train_dataset, "column_names") and hasattr(self.train_dataset, "remove_columns"):
-            return self._remove_unused_columns(self.train_dataset, description="training"), self.data_collator
+            dataset = self.train_dataset
+            if self._users is not None:
+                dataset = dataset.remove_columns(self.privacy_plan.privacy_unit_column)
+            return self._remove_unused_columns(dataset, description="training"), self.data_collator
         return self.train_dataset, self._get_collator_with_removed_columns(self.data_collator, description="training")
 
     def get_train_dataloader(self) -> DataLoader:
-        """A plain DataLoader of which one item is this process's share of a logical batch: its rows' indices and a list
-        of micro-batches, both possibly empty (P7)."""
+        """A plain DataLoader of which one item is this process's share of a logical batch: its units and a list of
+        micro-batches, both possibly empty (P7)."""
         dataset, collate = self._collated_dataset()
         workers = self.args.dataloader_num_workers
-        self._batches = LogicalBatches(dataset, collate, self._micro_batch_size, packed=self._packed)
+        self._batches = LogicalBatches(
+            dataset,
+            collate,
+            self._micro_batch_size,
+            packed=self._packed,
+            users=self._users,
+            max_examples_per_user=self.privacy_plan.max_examples_per_user,
+        )
         return DataLoader(
-            _WithIndices(self._batches),
+            _WithUnits(self._batches),
             batch_size=None,
             sampler=RankSlices(self._sampler, self._processes),
             num_workers=workers,
@@ -440,7 +456,7 @@ class DPTrainerMixin(_Base):
         return [], None
 
     def training_step(  # type: ignore[override]
-        self, model: nn.Module, inputs: tuple[np.ndarray, list[Any]], num_items_in_batch: Any = None
+        self, model: nn.Module, inputs: tuple[DrawnUnits, list[Any]], num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """One logical step: clipped sums over micro-batches and processes, the ledger, noise, division by a constant.
 
@@ -476,20 +492,21 @@ class DPTrainerMixin(_Base):
             self._private_losses.append(found.loss)
         self._clip_to(next_clipping_norm(self.privacy_plan, norm, found.unclipped))
 
-    def _accumulate(self, indices: np.ndarray, micro_batches: list[Any]) -> torch.Tensor:
+    def _accumulate(self, units: DrawnUnits, micro_batches: list[Any]) -> torch.Tensor:
         """Adds a logical batch to the clipped sum and returns the sum of its losses.
 
-        If anything raises, the batch starts over one row at a time, each read and collated by itself: a row that cannot
-        be computed then adds zero, and neither its padding nor its columns change what its neighbours add (P23).
+        If anything raises, the batch starts over one unit at a time, each read and collated by itself: a row that
+        cannot be computed, or a user with one, then adds zero, and neither its padding nor its columns change what its
+        neighbours add (P23).
         """
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
         try:
             return sum((self._accumulated_loss(batch) for batch in micro_batches), total)
         except Exception:  # whatever a row makes the model raise must not be seen
             self._engine.discard()
-        for index in indices:
+        for unit in units:
             with contextlib.suppress(Exception):
-                total = sum((self._accumulated_loss(row) for row in self._batches[np.array([index])]), total)
+                total = sum((self._accumulated_loss(batch) for batch in self._batches[[unit]]), total)
         return total
 
     def _accumulated_loss(self, batch: Mapping[str, Any]) -> torch.Tensor:

@@ -459,6 +459,17 @@ def test_expected_batch_size_of_the_user_wins_over_that_of_the_trainer() -> None
     assert (plan.expected_batch_size, plan.sampling_probability) == (64, 0.1)
 
 
+def test_users_cost_what_as_many_rows_would_whatever_the_most_examples_of_one() -> None:
+    of_rows = plan_for(noise_multiplier=6.0)
+    assert (of_rows.privacy_unit_column, of_rows.max_examples_per_user) == ("", 1)
+    users = {"noise_multiplier": 6.0, "privacy_unit": "user", "privacy_unit_column": "author"}
+    plans = [plan_for(**users), plan_for(**users, max_examples_per_user=1), plan_for(**users, max_examples_per_user=99)]
+    assert [plan.max_examples_per_user for plan in plans] == [8, 1, 99]
+    assert {plan.epsilon for plan in plans} == {of_rows.epsilon}
+    assert len({plan.sha256() for plan in [of_rows, *plans]}) == 4
+    assert {plan.declared_unit for plan in plans} == {"user by author"} and of_rows.declared_unit == "example"
+
+
 @pytest.mark.parametrize("noise_multiplier", [0.0, 1.0])
 @pytest.mark.parametrize("accountant", ["pld", "rdp"])
 def test_infinite_target_is_not_private_and_runs_all_its_steps(noise_multiplier: float, accountant: str) -> None:
@@ -471,7 +482,6 @@ def test_infinite_target_is_not_private_and_runs_all_its_steps(noise_multiplier:
 @pytest.mark.parametrize(
     ("named", "sizes", "arguments"),
     [
-        ("privacy_unit", {}, {"privacy_unit": "user", "privacy_unit_column": "author"}),
         ("expected_batch_size", {"expected_batch_size": 2001}, {}),
         ("expected_batch_size", {}, {"expected_batch_size": 2001}),
         ("expected_batch_size", {"expected_batch_size": 0}, {}),

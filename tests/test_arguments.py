@@ -31,6 +31,7 @@ DEFAULTS: dict[str, Any] = {
     "max_batch_size": None,
     "privacy_unit": "example",
     "privacy_unit_column": None,
+    "max_examples_per_user": None,
     "adjacency": "zero_out",
     "accountant": "pld",
     "ledger": None,
@@ -83,6 +84,12 @@ WRONG_USES: list[tuple[str, dict[str, Any]]] = [
     ("privacy_unit_column", {"privacy_unit": "user", "privacy_unit_column": " "}),
     ("privacy_unit_column", {"privacy_unit": "example", "privacy_unit_column": "author"}),
     ("privacy_unit_column", {"privacy_unit": "document", "privacy_unit_column": "author"}),
+    *(
+        ("max_examples_per_user", {"privacy_unit": "user", "privacy_unit_column": "author", "max_examples_per_user": k})
+        for k in (0, -1, 1.5, True, "8", math.nan)
+    ),
+    *(("max_examples_per_user", {"privacy_unit": u, "max_examples_per_user": 1}) for u in ("example", "document")),
+    ("privacy_unit", {"privacy_unit": "user", "privacy_unit_column": "author", "floating_point": "hardened"}),
     ("accountant", {"accountant": "rdp", "adjacency": "replace_one"}),
     ("ledger_dataset", {**BUDGET, "ledger_dataset": None}),
     ("dataset_budget_delta", {**BUDGET, "dataset_budget_delta": None}),
@@ -115,6 +122,7 @@ def test_each_wrong_use_is_one_line_that_names_the_field(field: str, wrong: dict
         {"target_epsilon": math.inf, "noise_multiplier": 1.0},
         {"noise_multiplier": 0.7, "target_delta": 1e-6},
         {"privacy_unit": "user", "privacy_unit_column": "author"},
+        {"privacy_unit": "user", "privacy_unit_column": "author", "max_examples_per_user": 1},
         {"privacy_unit": "document"},
         {"adjacency": "replace_one"},
         {"accountant": "rdp"},

@@ -4,8 +4,11 @@ import itertools
 import math
 import multiprocessing
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable
+from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -14,8 +17,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import default_data_collator
 
 from dpfa_hf import batch_selection
-from dpfa_hf.batch_selection import LogicalBatches, TruncatedPoissonSampler, split_micro_batches
+from dpfa_hf.batch_selection import LogicalBatches, TruncatedPoissonSampler, Users, split_micro_batches
 from dpfa_hf.errors import PrivacyError
+from dpfa_hf.per_example.units import ROWS_PER_UNIT
 
 Make = Callable[[int, float, int, int], Iterable[np.ndarray]]
 
@@ -397,10 +401,11 @@ HOSTILE_ROWS = {
 def collated_rows(batches: LogicalBatches, draw: list[int]) -> dict[int, dict[str, list]]:
     """First token -> what the model would be given of that row."""
     found: dict[int, dict[str, list]] = {}
-    for batch in batches[np.array(draw)]:
+    for batch in batches[batches.units(np.array(draw))]:
+        columns = {name: value for name, value in batch.items() if name != ROWS_PER_UNIT}
         for i, tokens in enumerate(batch["input_ids"]):
             assert int(tokens[0]) not in found
-            found[int(tokens[0])] = {name: (str(v.dtype), v[i].tolist()) for name, v in batch.items()}
+            found[int(tokens[0])] = {name: (str(v.dtype), v[i].tolist()) for name, v in columns.items()}
     return found
 
 
@@ -437,3 +442,207 @@ def test_a_collator_that_packs_rows_together_is_not_taken_for_one_that_does_not(
 
     batches = LogicalBatches(ListOfRows([good_row(i) for i in range(4)]), flatten, 4)
     assert [tuple(batch["input_ids"].shape) for batch in batches[np.arange(4)]] == [(1, 4)] * 4
+
+
+# ---- users ----------------------------------------------------------------------------------------------------------
+
+# The rows of three users, of 1, 3 and 6 rows, in disorder.
+OWNER = np.array([2, 1, 2, 2, 0, 1, 2, 2, 1, 2])
+ROWS_OF = [[4], [1, 5, 8], [0, 2, 3, 6, 7, 9]]
+Draw = Callable[[Users, int, int], np.ndarray]
+
+
+def draw_violations(draw: Draw, times: int = 4000) -> set[str]:
+    """What is wrong with drawing at most two rows of each user, at five standard deviations."""
+    users, found = Users(OWNER), set()
+    draws = [[np.sort(draw(users, user, 2)) for user in range(3)] for _ in range(times)]
+    for user, rows in enumerate(ROWS_OF):
+        mine = [each[user].tolist() for each in draws]
+        if any(len(set(each)) != min(2, len(rows)) or not set(each) <= set(rows) for each in mine):
+            found.add("number")
+        subsets = Counter(map(tuple, mine))
+        expected = times / math.comb(len(rows), min(2, len(rows)))
+        possible = [tuple(each) for each in itertools.combinations(rows, min(2, len(rows)))]
+        if any(abs(subsets[each] - expected) > 5 * math.sqrt(expected) for each in possible):
+            found.add("subsets")
+        inclusion = times * min(2, len(rows)) / len(rows)
+        if any(abs(sum(row in each for each in mine) - inclusion) > 5 * math.sqrt(inclusion) for row in rows):
+            found.add("inclusion")
+        if len(rows) > 2 and sum(a == b for a, b in itertools.pairwise(mine)) > times / len(possible) * 1.5 + 1:
+            found.add("steps")
+    # The first subset of one user beside each of another's.
+    table = np.zeros((2, 2))
+    for each in draws:
+        table[int(each[1].tolist() == [1, 5]), int(0 in each[2])] += 1
+    if table.sum(0).all() and table.sum(1).all() and stats.chi2_contingency(table).pvalue < 1e-6:
+        found.add("independence")
+    return found
+
+
+def test_each_subset_of_a_users_rows_is_equally_likely_and_users_are_independent() -> None:
+    assert draw_violations(Users.draw) == set()
+
+
+def first_rows(users: Users, user: int, most: int) -> np.ndarray:
+    return np.array(ROWS_OF[user][:most])
+
+
+def rows_with_replacement(users: Users, user: int, most: int) -> np.ndarray:
+    return np.random.choice(ROWS_OF[user], min(most, len(ROWS_OF[user])))
+
+
+def consecutive_rows(users: Users, user: int, most: int) -> np.ndarray:
+    size = len(ROWS_OF[user])
+    start = np.random.randint(size)
+    return np.array([ROWS_OF[user][(start + i) % size] for i in range(min(most, size))])
+
+
+def rows_chosen_once(users: Users, user: int, most: int) -> np.ndarray:
+    return np.random.default_rng(user).permutation(ROWS_OF[user])[:most]
+
+
+class OneChoiceForAll:
+    """Users share the random numbers of a step."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, users: Users, user: int, most: int) -> np.ndarray:
+        generator = np.random.default_rng(self.calls // 3)
+        self.calls += 1
+        return np.array(ROWS_OF[user])[np.argsort(generator.random(6)[: len(ROWS_OF[user])])][:most]
+
+
+@pytest.mark.parametrize(
+    ("mutant", "caught_by"),
+    [
+        (first_rows, "inclusion"),
+        (rows_with_replacement, "number"),
+        (consecutive_rows, "subsets"),
+        (rows_chosen_once, "steps"),
+        (OneChoiceForAll(), "independence"),
+    ],
+)
+def test_planted_bugs_of_drawing_rows_are_caught(mutant: Draw, caught_by: str) -> None:
+    assert caught_by in draw_violations(mutant)
+
+
+def test_drawing_rows_reads_no_seeded_generator_and_never_repeats_in_a_forked_process() -> None:
+    states = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"].copy(), random.getstate()
+    users = Users(np.zeros(10**5, dtype=int))
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        draws = {tuple(rows) for rows in pool.starmap(users.draw, [(0, 20)] * 6, chunksize=1)}
+    assert len(draws) == 6
+    assert torch.equal(states[0], torch.get_rng_state()) and random.getstate() == states[2]
+    assert np.array_equal(states[1], np.random.get_state(legacy=False)["state"]["key"])
+
+
+def test_an_index_of_users_holds_a_few_bytes_a_row_and_time_does_not_grow_with_a_users_rows() -> None:
+    users = Users(np.repeat([0, 1], [10**6 - 1, 1]))
+    assert users._rows.nbytes + users._ends.nbytes < 5 * 10**6
+    assert len(users) == 2 and users.draw(1, 8).tolist() == [10**6 - 1]
+    assert len(set(users.draw(0, 8).tolist())) == 8
+
+
+@pytest.mark.parametrize("values", [["b", "a", "b", "ä", "a"], [7, -1, 7, 10**12, -1]])
+def test_equal_values_of_a_column_are_one_user_in_every_form_of_a_data_set(values: list) -> None:
+    rows = datasets.Dataset.from_dict({"x": range(5), "who": values})
+
+    def grouped(dataset: datasets.Dataset) -> set[frozenset[int]]:
+        users = Users.of(dataset, "who")
+        return {frozenset(int(dataset[int(i)]["x"]) for i in users.draw(user, 9)) for user in range(len(users))}
+
+    expected = {frozenset({0, 2}), frozenset({1, 4}), frozenset({3})}
+    two_chunks = datasets.concatenate_datasets([rows.select([0, 1]), rows.select([2, 3, 4])])
+    for dataset in (rows, rows.shuffle(seed=0), rows.with_format("torch"), two_chunks, rows.class_encode_column("who")):
+        assert grouped(dataset) == expected
+    assert grouped(rows.select([4, 0, 1])) == {frozenset({0}), frozenset({1, 4})}
+
+
+def users_of(rows: dict[str, list], column: str = "who") -> Users:
+    return Users.of(datasets.Dataset.from_dict({"x": [1, 2], **rows}), column)
+
+
+SECRET = "alice@example.org"
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: Users.of(ListOfRows([{"who": SECRET}]), "who"), "datasets.Dataset.from_list"),
+        (lambda: Users.of([{"who": SECRET}], "who"), "datasets.Dataset.from_list"),
+        (lambda: users_of({"author": [SECRET, "b"]}), "'author'"),
+        (lambda: users_of({"who": [SECRET, None]}), "drop them"),
+        (lambda: users_of({"who": [1.0, math.nan]}), "text or whole numbers"),
+        (lambda: users_of({"who": [[SECRET], ["b"]]}), "text or whole numbers"),
+        (lambda: users_of({"who": [True, False]}), "text or whole numbers"),
+        (lambda: users_of({"who": [None, None]}), "text or whole numbers"),
+    ],
+)
+def test_columns_that_name_no_user_are_refused_in_one_line_that_quotes_no_value(
+    make: Callable[[], Users], named: str
+) -> None:
+    with pytest.raises(PrivacyError, match=named) as raised:
+        make()
+    assert "\n" not in str(raised.value) and SECRET not in str(raised.value)
+
+
+def user_batches(rows: list[dict[str, object]], owner: list[int], size: int, most: int, **options: Any) -> Any:
+    options = {"users": Users(np.array(owner)), "max_examples_per_user": most, **options}
+    return LogicalBatches(ListOfRows(rows), default_data_collator, size, **options)
+
+
+def rows_by_user(batches: list[Any]) -> list[list[int]]:
+    """First tokens of each user's rows."""
+    found = []
+    for batch in batches:
+        ends = np.cumsum([0, *batch[ROWS_PER_UNIT]])
+        tokens = batch["input_ids"][:, 0].tolist()
+        assert ends[-1] == len(tokens)
+        found += [sorted(tokens[a:b]) for a, b in itertools.pairwise(ends)]
+    return found
+
+
+@pytest.mark.parametrize(("size", "most"), [(1, 6), (2, 3), (1, 2), (100, 6)])
+def test_a_user_is_whole_in_one_micro_batch_of_at_most_so_many_rows(size: int, most: int) -> None:
+    batches = user_batches([good_row(i) for i in range(10)], OWNER.tolist(), size, most)
+    units = batches.units(np.array([2, 0, 1]))
+    made = batches[units]
+    assert sorted(rows_by_user(made)) == sorted(sorted(int(row) + 1 for row in rows) for rows in units)
+    assert sorted(map(len, rows_by_user(made))) == sorted(min(most, len(rows)) for rows in ROWS_OF)
+    assert all(sum(batch[ROWS_PER_UNIT]) <= size * most for batch in made)
+    if size == 2:
+        assert len(made) == 2, "users of few rows do not share a micro-batch"
+    assert batches[batches.units(np.array([], dtype=np.int64))] == []
+
+
+@pytest.mark.parametrize("name", [name for name in HOSTILE_ROWS if name != "longer than the others"])
+def test_a_user_with_a_bad_row_changes_nothing_that_the_model_is_given_of_others(name: str) -> None:
+    rows = [HOSTILE_ROWS[name], *(good_row(i) for i in range(6))]
+    owner = [0, 0, 1, 1, 2, 2, 2]
+    batches = user_batches(rows, owner, 100, 3)
+    before, after = (collated_rows(batches, draw) for draw in ([1, 2], [0, 1, 2]))
+    assert sorted(before) == [2, 3, 4, 5, 6] and {token: after[token] for token in before} == before
+    units = rows_by_user(batches[batches.units(np.arange(3))])
+    assert [2, 3] in units and [4, 5, 6] in units
+    if name in ("cannot be read", "cannot be collated", "mask shorter than the tokens"):
+        assert len(units) == 2, "a user of whom a row is left out would be averaged over fewer rows than were drawn"
+
+
+def test_mutant_the_rows_that_are_left_of_a_user_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def what_is_left(self: LogicalBatches, unit: np.ndarray) -> list[list[Any]]:
+        return [[row for index in unit for row in self._read(int(index))]]
+
+    monkeypatch.setattr(LogicalBatches, "_read_unit", what_is_left)
+    with pytest.raises(AssertionError):
+        test_a_user_with_a_bad_row_changes_nothing_that_the_model_is_given_of_others("cannot be read")
+
+
+def test_a_user_without_rows_adds_nothing() -> None:
+    batches = user_batches([good_row(i) for i in range(3)], [0, 2, 2], 4, 2)
+    assert rows_by_user(batches[batches.units(np.arange(3))]) == [[1], [2, 3]]
+
+
+def test_most_examples_below_one_are_refused() -> None:
+    with pytest.raises(PrivacyError, match="max_examples_per_user"):
+        user_batches([good_row(0)], [0], 1, 0)

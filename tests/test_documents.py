@@ -446,11 +446,6 @@ def test_a_task_that_pools_a_row_cannot_be_packed(tmp_path: Path) -> None:
     assert trainer._ledger.runs() == []
 
 
-def test_users_stay_refused(tmp_path: Path) -> None:
-    with refuses("privacy_unit='user'", "document"):
-        make(tmp_path, privacy_args=privacy(tmp_path, privacy_unit="user", privacy_unit_column="who"))
-
-
 # ---- a whole run ----------------------------------------------------------------------------------------------------
 
 

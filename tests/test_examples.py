@@ -5,17 +5,21 @@ Weights and text come from the packages that `make test` installs; without them 
 
 from __future__ import annotations
 
+import email
 import importlib
 import json
+import os
 import re
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import datasets
 import evaluate
 import numpy as np
 import pandas as pd
@@ -210,6 +214,100 @@ def test_perplexity_is_that_of_all_tokens_together_whatever_the_batches(smollm2_
         if labels[i, t] != -100
     ]
     assert found["perplexity"] == pytest.approx(np.exp(np.mean(costs)), rel=1e-5)
+
+
+# ---- mails.py -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mails(offline: pytest.MonkeyPatch) -> ModuleType:
+    return importlib.import_module("mails")
+
+
+@pytest.fixture(scope="module")
+def package(mails: ModuleType) -> str:
+    """The corpus: `make test` fetches it to where the example looks; DPFA_MAILS names another place."""
+    return os.environ.get("DPFA_MAILS", str(mails.MAILS))
+
+
+@pytest.fixture(scope="module")
+def corpus(mails: ModuleType, package: str) -> datasets.Dataset:
+    return mails.load_mails(package)
+
+
+@pytest.fixture(scope="module")
+def mails_run(mails: ModuleType, package: str, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    size = ["--max_steps", "2", "--expected_batch_size", "4", "--held_out", "16", "--mails", package]
+    return run_example(mails, tmp_path_factory.mktemp("mails"), *size)
+
+
+def test_every_mail_has_text_a_label_and_a_sender(corpus: datasets.Dataset) -> None:
+    assert corpus.column_names == ["text", "label", "sender"] and len(corpus) == 6046
+    assert sum(corpus["label"]) == 1896
+    senders = Counter(corpus["sender"])
+    assert len(senders) == 2562 and max(senders.values()) == 623 and min(map(len, senders)) > 3
+    assert sum("@" not in sender for sender in senders) == 4
+    assert np.median([len(text) for text in corpus["text"]]) > 500
+    assert not any(re.search(r"^(Received|Message-ID|Delivered-To):", text) for text in corpus["text"])
+
+
+def test_a_file_that_is_not_the_package_is_refused(mails: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "other.tgz").write_bytes(b"other")
+    for name, reason in (("other.tgz", "SHA-256"), ("none.tgz", "make demo-mails")):
+        with pytest.raises(SystemExit, match=reason):
+            mails.load_mails(tmp_path / name)
+
+
+def test_no_sender_is_in_both_parts(mails: ModuleType, corpus: datasets.Dataset) -> None:
+    train, held_out = mails.split_by_sender(corpus, 0)
+    assert len(train) + len(held_out) == len(corpus)
+    assert not set(train["sender"]) & set(held_out["sender"])
+    assert 0.15 < len(set(held_out["sender"])) / len(set(corpus["sender"])) < 0.25
+
+
+def test_mails_are_private_by_sender_and_few_of_each_count(
+    mails: ModuleType, corpus: datasets.Dataset, mails_run: SimpleNamespace
+) -> None:
+    train, _ = mails.split_by_sender(corpus, 0)
+    plan = mails_run.trainer.privacy_plan
+    assert (plan.num_units, plan.declared_unit) == (len(set(train["sender"])), "user by sender")
+    assert plan.max_examples_per_user == 4 and plan.delta < 1 / plan.num_units
+    assert 0 < printed_epsilon(mails_run) <= 3.0 and mails_run.trainer.privacy_spent().steps == 2
+    assert "per sender" in mails_run.printed and f"{plan.num_units} senders of {len(train)}" in mails_run.printed
+
+
+def test_mails_quote_no_mail_and_name_no_sender(corpus: datasets.Dataset, mails_run: SimpleNamespace) -> None:
+    files = [file for file in mails_run.folder.parent.rglob("*") if file.is_file()]
+    assert {"privacy.json", "README.md", "adapter_config.json"} <= {file.name for file in files}
+    assert copied((text[:300] for text in corpus["text"]), files) == []
+    written = "".join(file.read_bytes().decode("latin-1") for file in files) + mails_run.printed
+    assert not set(re.findall(r"[\w.+-]+@[\w.-]+", written)) & set(corpus["sender"])
+
+
+def test_accuracy_is_the_mean_over_senders(mails: ModuleType) -> None:
+    logits = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
+    prediction = SimpleNamespace(predictions=logits, label_ids=np.array([0, 0, 0, 1]))
+    found = mails.accuracy_by_sender(prediction, ["often", "often", "often", "once"])
+    assert found == {"accuracy": pytest.approx((1 / 3 + 1) / 2)}
+
+
+@pytest.mark.parametrize(
+    ("raw", "body"),
+    [
+        ("Subject: a\n\none\n two\n", "one two"),
+        ("Content-Type: text/html\n\n<p>one &amp;<style>p {}</style>\ntwo", "one & two"),
+        ("Content-Type: text/plain; charset=x-none\n\none", "one"),
+        ("Content-Type: text/plain; charset=utf-8\nContent-Transfer-Encoding: base64\n\nw7w=", "ü"),
+        ("Content-Type: image/png\n\nno text", ""),
+        (
+            'Content-Type: multipart/mixed; boundary="b"\n\n--b\nContent-Type: text/html\n\n<b>no</b>\n'
+            "--b\nContent-Type: text/plain\n\nyes\n--b\nContent-Type: text/plain\n\nno\n--b--\n",
+            "yes",
+        ),
+    ],
+)
+def test_the_body_of_a_mail_is_its_first_plain_text(mails: ModuleType, raw: str, body: str) -> None:
+    assert mails._body(email.message_from_string(raw)) == body
 
 
 # ---- what the examples share ----------------------------------------------------------------------------------------

@@ -16,7 +16,9 @@ from dpfa_hf.plan import PrivacyPlan, sensitivity_slack
 from dpfa_hf.rounding import contribution_error, summation_error
 
 FIELDS: dict[str, Any] = {
-    "privacy_unit": "example",
+    "privacy_unit": "user",
+    "privacy_unit_column": "author",
+    "max_examples_per_user": 8,
     "adjacency": "zero_out",
     "accountant": "pld",
     "clipping": "adaptive",
@@ -45,7 +47,9 @@ PLAN = PrivacyPlan(**FIELDS)
 
 # Another possible value for each field.
 CHANGED: dict[str, Any] = {
-    "privacy_unit": "user",
+    "privacy_unit": "example",
+    "privacy_unit_column": "sender",
+    "max_examples_per_user": 7,
     "adjacency": "replace_one",
     "accountant": "rdp",
     "clipping": "per_layer",

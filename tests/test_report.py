@@ -220,6 +220,30 @@ def test_the_floating_point_mode_decides_what_is_claimed_and_what_it_rests_on(
     assert [claimed[row] for row in claimed if "numbers in the machine" in row] == ["not assessed"]
 
 
+@pytest.mark.parametrize(("adjacency", "says"), [("zero_out", "is not covered"), ("replace_one", "is covered too")])
+def test_users_are_stated_with_their_column_and_what_adjacency_covers(
+    plan: PrivacyPlan, adjacency: str, says: str, tmp_path: Path
+) -> None:
+    users = replace(
+        plan, privacy_unit="user", privacy_unit_column="sender", max_examples_per_user=3, adjacency=adjacency
+    )
+    unit = built(users)["unit"]
+    assert "the column sender" in unit["what"] and "at most 3 of the user's rows" in unit["how_built"]
+    assert says in unit["neighbours"] and "number of users" in unit["public"]
+    text = " ".join(written(tmp_path, built(users)).split())
+    assert "at most 3 of the user's rows" in text and says in text
+    assumptions = {each["assumption"]: each["status"] for each in built(users)["assumptions"]}
+    assert sum("user whom its column names" in each for each in assumptions) == 1
+    assert "users" not in built(plan)["unit"]["public"]
+
+
+@pytest.mark.parametrize("column", [END, "a | **b**", "<script>", "{plan}"])
+def test_a_columns_name_puts_no_markup_into_the_card(plan: PrivacyPlan, column: str, tmp_path: Path) -> None:
+    card = written(tmp_path, built(replace(plan, privacy_unit="user", privacy_unit_column=column)))
+    assert card.count(END) == 1 and "<script>" not in card and "**b**" not in card
+    assert read_report(tmp_path)["plan"]["privacy_unit_column"] == column
+
+
 def test_documents_are_stated_with_what_the_operator_vouches_for(plan: PrivacyPlan, tmp_path: Path) -> None:
     report = built(replace(plan, privacy_unit="document"))
     assert report["unit"]["privacy_unit"] == "document" and "only then packed, whole" in report["unit"]["how_built"]

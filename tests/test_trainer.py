@@ -912,7 +912,7 @@ REFUSED_PARTS: dict[str, tuple[Any, tuple[str, ...]]] = {
     ),
     "users": (
         lambda f: build(f, privacy_args=privacy(f, privacy_unit="user", privacy_unit_column="who")),
-        ("privacy_unit", "example"),
+        ("privacy_unit", "datasets.Dataset"),
     ),
     "no PrivacyArguments": (lambda f: build(f, privacy_args=None), ("privacy_args", "PrivacyArguments(")),
     "a dict of them": (lambda f: build(f, privacy_args={"target_epsilon": 3}), ("privacy_args", "PrivacyArguments(")),

@@ -23,6 +23,7 @@ from dpfa_hf.errors import PrivacyError
 from dpfa_hf.per_example import layers, packing
 from dpfa_hf.per_example.layers import LayerCall, PerExampleGradient
 from dpfa_hf.per_example.streaming import Stream, Uses, changed_in_place
+from dpfa_hf.per_example.units import ROWS_PER_UNIT, Units
 from dpfa_hf.rounding import MAX_CANCELLATION, MAX_TERMS
 
 AUTOMATIC_CLIPPING_STABILITY = 0.01
@@ -113,6 +114,7 @@ class PerExampleGradients:
         self._captures: list[_Capture] | None = None
         self._batch_size = 0
         self._segments: packing.Segments | None = None
+        self._units: Units | None = None
         self._infer_layouts = False
         self._adding = False
 
@@ -124,6 +126,9 @@ class PerExampleGradients:
         The batch holds one example in each row, or documents packed into one row in the form of `packing`. If a packed
         document is not finite, all are computed again, each in a row of its own: an attention weight of zero times a
         neighbour's infinity is no number.
+
+        With `units.ROWS_PER_UNIT` it holds all rows of each of U units, whose losses are averaged. A unit then takes
+        the place of an example, here and in all that is said of examples above; the losses are [U].
 
         Raises whatever the model raises. Nothing has been added to the sum then, or, of a packed row that was computed
         again, what came before. But "per_layer" adds groups during the backward pass, whose exceptions leave, of a row
@@ -248,7 +253,7 @@ class PerExampleGradients:
     def backward(
         self, batch: Batch, *, infer_layouts: bool = False, retain_graph: bool = False
     ) -> tuple[torch.Tensor, list[LayerCall]]:
-        """Losses [B] and the layer calls with their output gradients; inside `attached`."""
+        """Losses [B], or [U] of units, and the layer calls with their output gradients; inside `attached`."""
         captures: list[_Capture] = []
         self._captures = captures
         losses = self._losses(batch, infer_layouts)
@@ -267,16 +272,19 @@ class PerExampleGradients:
         return losses, calls
 
     def _losses(self, batch: Batch, infer_layouts: bool = False) -> torch.Tensor:
-        """[B], of a forward pass inside `attached`."""
+        """[B], or [U] of units, of a forward pass inside `attached`."""
         self._batch_size, self._segments = batch_size(batch), packing.Segments.of(batch)
+        self._units = Units.of(batch)
+        if self._units is not None and self._segments is not None:
+            raise PrivacyError("data_collator packs the rows of users into one; use one that pads instead")
         self._infer_layouts = infer_layouts
-        losses = self.loss(self.model, batch)
+        losses = self.loss(self.model, {name: value for name, value in batch.items() if name != ROWS_PER_UNIT})
         if losses.shape != (self._batch_size,):
             raise PrivacyError(
                 f"the per-example loss has shape {tuple(losses.shape)}, not ({self._batch_size},): return one loss per "
                 "example (per_example_loss_fn)"
             )
-        return losses
+        return losses if self._units is None else self._units.mean(losses)
 
     def _call(self, name: str, inputs: tuple, kwargs: dict[str, Any], grad: torch.Tensor) -> LayerCall:
         layout = self.layouts.get(name, layers.BATCHED)
@@ -347,7 +355,9 @@ class PerExampleGradients:
             assert rule is not None
             gradients = rule(call)
             for own_name, parameter in _trainable(call.module).items():
-                uses.setdefault(self.parameters[id(parameter)][0], []).append(gradients[own_name])
+                found = gradients[own_name]
+                found = found if self._units is None else self._units.gathered(found)
+                uses.setdefault(self.parameters[id(parameter)][0], []).append(found)
         if self.exact_sums:  # which are in float64 from here on
             return uses
         return {name: layers.write_out_narrow(parts) for name, parts in uses.items()}

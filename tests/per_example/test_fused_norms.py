@@ -13,6 +13,7 @@ from torch import nn
 from dpfa_hf.per_example import layers
 from dpfa_hf.per_example.layers import Lookup, Outer, combined_squared_norm
 from dpfa_hf.per_example.packing import Segments
+from dpfa_hf.per_example.units import Units
 
 pytestmark = pytest.mark.interpreter
 
@@ -47,6 +48,22 @@ def test_norms_on_the_kernels_are_never_too_small_and_hardly_too_large(packed: b
     parts = uses(packed, tied)
     assert all(kernel_norms.fused(part.right if isinstance(part, Outer) else part.grad) for part in parts)
     least, most = excess(combined_squared_norm(parts), exact(parts))
+    assert least >= -1e-12 and most <= LOOSENESS
+
+
+@pytest.mark.parametrize("rows", [(1, 3, 2), (2, 2, 2)])
+@pytest.mark.parametrize("tied", [False, True])
+def test_users_norms_on_the_kernels_are_never_too_small_and_hardly_too_large(tied: bool, rows: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    outer = Outer(torch.randn(6, 9, 20), torch.randn(6, 9, 24))
+    lookup = Lookup(torch.randint(20, (6, 9)), torch.randn(6, 9, 24), 20)
+    by_row = [outer, lookup] if tied else [outer]
+    units = Units(rows)
+    parts = [units.gathered(each) for each in by_row]
+    assert all(kernel_norms.fused(part.right if isinstance(part, Outer) else part.grad) for part in parts)
+    each = torch.stack([sum(part.example(i) for part in by_row) for i in range(6)])
+    expected = torch.stack([own.sum(0).square().sum() for own in each.split(list(rows))])
+    least, most = excess(combined_squared_norm(parts), expected)
     assert least >= -1e-12 and most <= LOOSENESS
 
 
