@@ -14,6 +14,7 @@ from dpfa_hf.errors import PrivacyError
 if TYPE_CHECKING:
     from dpfa_hf.budget import PrivacySpent
     from dpfa_hf.callbacks import PrivacyBudgetCallback
+    from dpfa_hf.loop import PrivateLoop
     from dpfa_hf.per_example.layers import register_rule
     from dpfa_hf.plan import PrivacyPlan
     from dpfa_hf.trainer import DPTrainer, DPTrainerMixin, privatize
@@ -28,6 +29,7 @@ _LAZY = {
     "PrivacyBudgetCallback": "callbacks",
     "PrivacySpent": "budget",
     "PrivacyPlan": "plan",
+    "PrivateLoop": "loop",
     "register_rule": "per_example.layers",
 }
 
@@ -39,6 +41,7 @@ __all__ = [
     "PrivacyError",
     "PrivacyPlan",
     "PrivacySpent",
+    "PrivateLoop",
     "privatize",
     "register_rule",
 ]

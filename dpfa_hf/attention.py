@@ -50,6 +50,7 @@ _HARMLESS = frozenset(
     {
         "cache_position",
         "deterministic",
+        "labels",
         "num_items_in_batch",
         "output_hidden_states",
         "output_router_logits",
@@ -137,6 +138,10 @@ def dp_flash_attention(
         # A mask made from the same packed row's positions says the same sequences again.
         pattern.pop("segments_q", None)
         pattern.pop("segments_k", None)
+    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
+        # Rotary positions leave query and key in float32; for SDPA, autocast casts all three.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     bias = pattern.pop("bias", None)
     if position_bias is not None:
         bias = position_bias if bias is None else position_bias + bias

@@ -24,6 +24,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import CallbackHandler, EarlyStoppingCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
+from dpfa_hf import trl
 from dpfa_hf.accounting import make_plan
 from dpfa_hf.arguments import PrivacyArguments
 from dpfa_hf.batch_selection import DrawnUnits, LogicalBatches, RankSlices, TruncatedPoissonSampler, Users
@@ -134,6 +135,9 @@ class DPTrainerMixin(_Base):
         column = privacy_args.privacy_unit_column
         self._users = None if column is None else Users.of(self.train_dataset, column)
         self._users_named_by = self.train_dataset
+        self._trl = trl.adapt(self, privacy_args) if loss_fn is None else None
+        if self._trl is not None:
+            loss_fn = self._trl.loss
         self._task: str | None = None
         if loss_fn is None:
             self._task = per_example_losses.task_of(self.model)
@@ -143,8 +147,11 @@ class DPTrainerMixin(_Base):
         self._processes.from_first(self._open_ledger)
         self._keep_one_budget_callback()
 
+    def _num_units(self) -> int:
+        return trl.num_rows(self) if self._users is None else len(self._users)
+
     def _make_plan(self, expected_batch_size: int) -> PrivacyPlan:
-        num_units = len(self.train_dataset if self._users is None else self._users)
+        num_units = self._num_units()
         steps = self.args.max_steps
         if steps <= 0:
             steps = math.ceil(self.args.num_train_epochs * math.ceil(num_units / expected_batch_size))
@@ -231,8 +238,10 @@ class DPTrainerMixin(_Base):
             raise PrivacyError(_NO_SEARCH)
         _refuse_arguments(self.args, self._privacy_args)  # either may have been changed since
         _refuse_trainer(self, self._privacy_args, None if self._task is not None else self._engine.loss)
-        rows, users = len(self.train_dataset), self._users
-        if rows != self.privacy_plan.num_units if users is None else self.train_dataset is not self._users_named_by:
+        if self._trl is not None:
+            trl.refuse(self, self._privacy_args)
+        replaced = self.train_dataset is not self._users_named_by
+        if self._num_units() != self.privacy_plan.num_units or (self._users is not None and replaced):
             raise PrivacyError("train_dataset was replaced after its plan was made; build a new DPTrainer with it")
         for module in self.model.modules():
             _refuse_reentrant(module)
@@ -380,6 +389,7 @@ class DPTrainerMixin(_Base):
                 self._engine,
                 batch,
                 compare_with_model_loss=self._task is not None,
+                trainer_loss=None if self._trl is None else trl.loss_alone(self),
                 autocast=self.args.bf16,
             )
 
@@ -407,7 +417,8 @@ class DPTrainerMixin(_Base):
             dataset = self.train_dataset
             if self._users is not None:
                 dataset = dataset.remove_columns(self.privacy_plan.privacy_unit_column)
-            return self._remove_unused_columns(dataset, description="training"), self.data_collator
+            collate = self.data_collator if self._trl is None else self._trl.collator(self.data_collator)
+            return self._remove_unused_columns(dataset, description="training"), collate
         return self.train_dataset, self._get_collator_with_removed_columns(self.data_collator, description="training")
 
     def get_train_dataloader(self) -> DataLoader:
@@ -545,6 +556,7 @@ class DPTrainerMixin(_Base):
                 del logs[key]
         if self._run_budget is not None:
             logs["epsilon"] = self._run_budget.epsilon
+        trl.withhold(self)
         super().log(logs, *args, **kwargs)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -586,6 +598,7 @@ class DPTrainerMixin(_Base):
             yield
         finally:
             self.callback_handler, self._observed = handler, True
+            trl.forget(self)
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         """Refused."""
@@ -628,7 +641,7 @@ class DPTrainerMixin(_Base):
                 "trainable_parameters": sum(p.numel() for _, p in self._engine.parameters.values()),
                 "total_parameters": sum(p.numel() for p in self.model.parameters()),
             },
-            loss=f"task: {self._task}" if self._task is not None else "given by the operator (per_example_loss_fn)",
+            loss=self._describe_loss(),
             sampler=self._describe_sampler(),
             noise=self._noise.describe(),
             log_private_metrics=asked.log_private_metrics,
@@ -637,6 +650,11 @@ class DPTrainerMixin(_Base):
             seeded=self._sampler.injected or self._noise.seeded_by_caller,
             curve=None if budget is None else budget.curve(),
         )
+
+    def _describe_loss(self) -> str:
+        if self._trl is not None:
+            return self._trl.describe
+        return f"task: {self._task}" if self._task is not None else "given by the operator (per_example_loss_fn)"
 
     def _describe_sampler(self) -> str:
         processes = self._processes.count
@@ -902,7 +920,7 @@ def _refuse_trainer(trainer: Any, privacy_args: PrivacyArguments, loss_fn: PerEx
     bases = [cls for cls in type(trainer).__mro__ if cls is not DPTrainerMixin]
     for method in ("compute_loss", "training_step"):
         owner = next(cls for cls in bases if method in vars(cls))
-        if owner is not Trainer and loss_fn is None:
+        if owner not in (Trainer, trl.class_of(trainer)) and loss_fn is None:
             raise PrivacyError(
                 f"{owner.__name__}.{method} is not used in private training and would be lost in silence; pass "
                 "per_example_loss_fn, which returns one loss per example"

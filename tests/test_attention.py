@@ -340,6 +340,20 @@ def test_half_precision_is_as_close_to_float32_as_eager(family: str) -> None:
     assert errors[0] <= 2 * errors[1]
 
 
+@pytest.mark.parametrize("family", ["bert", "llama", "gemma2", "t5"])
+def test_autocast_is_as_close_to_float32_as_eager(family: str) -> None:
+    """Under autocast rotary positions leave query and key in float32, and value in bfloat16."""
+    eager, ours = pair(family)
+    decoder = {"decoder_input_ids": tokens(seed=1)} if family == "t5" else {}
+    inputs = {"input_ids": tokens(), "attention_mask": padding("right")} | decoder
+    mask = torch.ones(()) if family == "t5" else padding("right")[..., None]
+    with torch.no_grad():
+        exact = last_hidden(eager(**inputs))
+        with torch.autocast("cpu", torch.bfloat16):
+            errors = [float(((last_hidden(model(**inputs)).float() - exact) * mask).norm()) for model in (ours, eager)]
+    assert 0 < errors[0] <= 2 * errors[1]
+
+
 @pytest.mark.parametrize("name", ["dp_flash", "dpfa"])
 def test_decoder_made_bidirectional_equals_eager(name: str) -> None:
     """`config.is_causal=False` leaves is_causal=True in the modules: only the mask says what is meant."""
@@ -488,6 +502,15 @@ def test_generation_equals_eager(family: str, cache: str) -> None:
     assert torch.equal(generated[0].sequences, generated[1].sequences)
     for ours_logits, eager_logits in zip(generated[0].logits, generated[1].logits, strict=True):
         torch.testing.assert_close(ours_logits, eager_logits, rtol=1e-4, atol=1e-4)
+
+
+def test_generation_goes_on_beside_labels() -> None:
+    """Seq2SeqTrainer hands labels to `generate`, which hands them to the encoder."""
+    eager, ours = pair("bart")
+    made = [
+        model.generate(tokens(), labels=tokens(seed=1), max_new_tokens=4, pad_token_id=0) for model in (ours, eager)
+    ]
+    assert torch.equal(made[0], made[1])
 
 
 def test_prefill_in_chunks_equals_one_pass() -> None:

@@ -535,6 +535,25 @@ def test_privatize_keeps_the_object_and_its_class(cls: type, tmp_path: Path) -> 
     assert all("loss" not in line for line in trainer.state.log_history)
 
 
+@pytest.mark.parametrize("eval_data", ["public", "private"])
+def test_seq2seq_generates_while_it_is_evaluated(eval_data: str, tmp_path: Path) -> None:
+    model = bart()
+    args = tf.Seq2SeqTrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, max_steps=1, save_strategy="no",
+        predict_with_generate=True, generation_max_length=4,
+    )  # fmt: skip
+    stock = tf.Seq2SeqTrainer(
+        model=model, args=args, train_dataset=Rows(rows_for(model)), data_collator=collate,
+        compute_metrics=lambda prediction: {"tokens": float(prediction.predictions.dtype.kind == "i")},
+    )  # fmt: skip
+    trainer = privatize(stock, privacy(tmp_path, eval_data=eval_data))
+    trainer.train()
+    held_out = Rows(rows_for(model, 4))
+    assert trainer.evaluate(held_out)["eval_tokens"] == 1  # logits, without generation
+    assert trainer.predict(held_out).predictions.dtype.kind == "i"
+    assert any("eval_tokens" in line for line in trainer.state.log_history) == (eval_data == "public")
+
+
 def test_privatize_takes_the_same_step_as_dptrainer(tmp_path: Path) -> None:
     def run(make: Any) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)

@@ -112,19 +112,18 @@ def per_example_loss(model: nn.Module, task: str) -> Callable[[nn.Module, Mappin
                 )
             # With a cache Transformers does not look for packing, and the documents would attend to each other.
             output = called(**inputs, **({"use_cache": False} if takes_use_cache else {}))
-            return _document_mean(_float(output.logits), labels[0], segments, predicts_next=task == "causal_lm")
+            return _document_mean(as_float(output.logits), labels[0], segments, predicts_next=task == "causal_lm")
         if task == "seq2seq_lm" and "decoder_input_ids" not in inputs and "decoder_inputs_embeds" not in inputs:
             vocabulary = config.get_text_config(decoder=True).vocab_size
             inputs["decoder_input_ids"] = _shift_right(base_model(model), _in_range(labels[0], vocabulary))
         output = called(**inputs)
         if task == "question_answering":
             return _question_answering(output, labels, inputs.get("attention_mask"))
-        logits = _float(output.logits)
+        logits = as_float(output.logits)
         if task == "sequence_classification":
             return _classification(logits, labels[0], config)
         if task == "causal_lm":
-            # The labels move, not the logits, which would have to be copied.
-            targets, mask = F.pad(labels[0][:, 1:], (0, 1), value=IGNORE_INDEX), inputs.get("attention_mask")
+            targets, mask = next_token_labels(labels[0]), inputs.get("attention_mask")
             if mask is not None and mask.shape == labels[0].shape:
                 # With left padding the first token would be predicted from padding, but only beside longer neighbours.
                 targets = targets.masked_fill(mask == 0, IGNORE_INDEX)
@@ -134,7 +133,8 @@ def per_example_loss(model: nn.Module, task: str) -> Callable[[nn.Module, Mappin
     return loss
 
 
-def _float(logits: torch.Tensor) -> torch.Tensor:
+def as_float(logits: torch.Tensor) -> torch.Tensor:
+    """float32, or float64 where it is that already."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
@@ -151,11 +151,22 @@ def _shift_right(model: Any, labels: torch.Tensor) -> torch.Tensor:
     return shifted.masked_fill(shifted == IGNORE_INDEX, pad)
 
 
-def _token_mean(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy over an example's labelled tokens; logits [B, T, V], labels [B, T] -> [B]; 0 if none."""
+def next_token_labels(labels: torch.Tensor) -> torch.Tensor:
+    """Labels [B, T] moved one to the left: it is they that move, not the logits, which would have to be copied."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+
+
+def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of every token; logits [B, T, V], labels [B, T] -> [B, T]; 0 where there is no label, and all along
+    an example with an impossible one."""
     labels = _in_range(labels, logits.shape[-1])
     losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
-    return losses.view(labels.shape).sum(1) / (labels != IGNORE_INDEX).sum(1).clamp_min(1)
+    return losses.view(labels.shape)
+
+
+def _token_mean(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean of `token_losses` over an example's labelled tokens, [B]; 0 if none."""
+    return token_losses(logits, labels).sum(1) / (labels != IGNORE_INDEX).sum(1).clamp_min(1)
 
 
 def _document_mean(
@@ -168,7 +179,7 @@ def _document_mean(
     """
     targets = segments.unpack(labels[0], IGNORE_INDEX)
     if predicts_next:
-        targets = F.pad(targets[:, 1:], (0, 1), value=IGNORE_INDEX)
+        targets = next_token_labels(targets)
     targets = _in_range(targets, logits.shape[-1])
     losses = F.cross_entropy(logits[0], segments.pack(targets), ignore_index=IGNORE_INDEX, reduction="none")
     return segments.unpack(losses, 0).sum(1) / (targets != IGNORE_INDEX).sum(1).clamp_min(1)
@@ -204,7 +215,7 @@ def _question_answering(output: object, positions: list[torch.Tensor], mask: tor
     """
     losses = []
     for logits, position in zip((output.start_logits, output.end_logits), positions, strict=True):  # type: ignore[attr-defined]
-        logits = _float(logits)
+        logits = as_float(logits)
         own = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask.bool()
         inside = position.view(-1).clamp(0, logits.shape[1] - 1)
         is_answer = (position.view(-1) < logits.shape[1]) & own.gather(1, inside[:, None]).squeeze(1)

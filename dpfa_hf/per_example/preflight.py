@@ -308,6 +308,7 @@ def check(
     *,
     forward: nn.Module | None = None,
     compare_with_model_loss: bool = False,
+    trainer_loss: Callable[[dict[str, torch.Tensor]], torch.Tensor] | None = None,
     autocast: bool = False,
 ) -> None:
     """Everything that must hold before the first step, on synthetic rows, in training mode.
@@ -317,6 +318,8 @@ def check(
         batch: synthetic rows, collated, on the model's device.
         forward: the model as it will be called (prepared by Accelerate); by default the engine's model.
         compare_with_model_loss: whether each row's loss must equal the model's own loss for that row alone.
+        trainer_loss: what a trainer that computes its loss by itself gives for a row alone, [1, ...] -> a scalar; each
+            row's loss must equal it.
         autocast: whether the model computes in half precision, which loosens the tolerances.
 
     Raises:
@@ -342,6 +345,8 @@ def check(
             _check_rows_alone(engine.loss, called, batch, loss_tolerance)
             if compare_with_model_loss:
                 _check_model_loss(engine.loss, called, model, batch, loss_tolerance)
+            if trainer_loss is not None:
+                _check_trainer_loss(engine.loss, called, trainer_loss, batch, loss_tolerance)
             model.train()
             _check_gradients(engine, batch, tolerance)
             if engine.exact_sums:
@@ -496,6 +501,9 @@ def _row_alone(batch: Batch, i: int) -> dict[str, torch.Tensor]:
         return packing.alone(batch, i)
     row = {name: value[i : i + 1] for name, value in batch.items()}
     mask = row.get("attention_mask")
+    if mask is not None and mask.dim() == 3 and row["input_ids"].shape == mask.shape:  # the two texts of a pair
+        longest = int(mask.sum(-1).max())
+        return {k: v[..., :longest] if v.shape == mask.shape else v for k, v in row.items()}
     if mask is None or mask.dim() != 2:
         return row
     own = mask[0].bool()
@@ -549,6 +557,24 @@ def _check_model_loss(
                     "output_router_logits), or, if rows are packed, let the data collator count positions as the model "
                     "does (position_ids_start)"
                 )
+
+
+def _check_trainer_loss(
+    loss: PerExampleLoss,
+    called: nn.Module,
+    trainer_loss: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+    batch: Batch,
+    tolerance: float,
+) -> None:
+    with torch.no_grad():
+        ours = loss(called, batch)
+        theirs = torch.stack([trainer_loss(_row_alone(batch, i)).double() for i in range(len(ours))])
+    if not torch.allclose(ours.double(), theirs, rtol=tolerance, atol=tolerance):
+        raise PrivacyError(
+            f"the trainer computes another loss of a row alone ({theirs[0].item():.5g}) than private training does "
+            f"({ours[0].item():.5g}); pass per_example_loss_fn, or leave the trainer's own loss settings at their "
+            "defaults"
+        )
 
 
 def _check_gradients(engine: PerExampleGradients, batch: Batch, tolerance: float) -> None:

@@ -1,0 +1,326 @@
+"""Private training without a Trainer: your own loop, your own optimiser, and the steps of the mechanism in order."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dpfa_hf.accounting import make_plan
+from dpfa_hf.arguments import PrivacyArguments
+from dpfa_hf.batch_selection import LogicalBatches, TruncatedPoissonSampler
+from dpfa_hf.budget import PrivacyBudget, PrivacySpent
+from dpfa_hf.errors import PrivacyError
+from dpfa_hf.ledger import Ledger
+from dpfa_hf.noise import GaussianNoise
+from dpfa_hf.per_example import losses, packing, preflight
+from dpfa_hf.per_example.gradients import PerExampleGradients, PerExampleLoss
+from dpfa_hf.report import build_report, write_report
+from dpfa_hf.statistics import StepStatistics, next_clipping_norm, public_loss_scale
+
+
+class PrivateStep:
+    """Turns the clipped sums of a step into noised gradients: ledger, noise, division, in that order.
+
+    Args:
+        engine: in which the step's micro-batches are accumulated before each call.
+        budget: the run that is charged.
+        statistics: the engine's, if the plan releases any.
+        reduce: adds up the sums of all processes, in place; called before the ledger and the noise (P16).
+
+    Guarantee:
+        A call returns with the noised mean in every trainable parameter's `grad`, float32 until it is stored. The step
+        is durable in the ledger before its noise is drawn (P21); if it cannot be charged, no noise is drawn and no
+        gradient is set. An empty step has noise like any other (P7). Divided is by the plan's expected batch, never by
+        what was drawn (P5).
+    """
+
+    def __init__(
+        self,
+        engine: PerExampleGradients,
+        budget: PrivacyBudget,
+        *,
+        statistics: StepStatistics | None = None,
+        reduce: Callable[[dict[str, torch.Tensor]], None] | None = None,
+    ) -> None:
+        self.engine, self.budget, self.statistics, self.reduce = engine, budget, statistics, reduce
+        self.noise = self._noise_at(engine.clipping_norm)
+
+    def __call__(self) -> float | None:
+        """Takes the engine's sums and releases them; returns the noised estimate of their mean loss, or None.
+
+        Raises:
+            PrivacyError: the budget is used up, the ledger cannot be written, or an addition was interrupted.
+        """
+        plan, sums, loss = self.budget.plan, self.engine.take(), None
+        if self.reduce is not None:
+            self.reduce(sums)
+        self.budget.charge()
+        self.noise.add_noise(sums)
+        if self.statistics is not None:
+            found = self.statistics.estimates(sums[self.statistics.name], self.engine.clipping_norm)
+            loss = found.loss
+            self.clip_to(next_clipping_norm(plan, self.engine.clipping_norm, found.unclipped))
+        for name, parameter in self.engine.parameters.values():
+            parameter.grad = sums[name].div_(plan.expected_batch_size).to(parameter.dtype)
+        return loss
+
+    def clip_to(self, clipping_norm: float) -> None:
+        """Between steps: the norm and the noise that belongs to it."""
+        if clipping_norm != self.engine.clipping_norm:
+            self.engine.clipping_norm = clipping_norm
+            self.noise = self._noise_at(clipping_norm)
+
+    def _noise_at(self, clipping_norm: float) -> GaussianNoise:
+        plan = self.budget.plan
+        return GaussianNoise(
+            plan.noise_standard_deviation_at(clipping_norm),
+            generator=plan.noise_generator,
+            floating_point=plan.floating_point,
+        )
+
+
+class PrivateLoop:
+    """Iterate over it: each turn draws a batch and leaves its noised gradients for your optimiser. It ends by itself.
+
+    Example::
+
+        loop = PrivateLoop(
+            model, dataset, PrivacyArguments(target_epsilon=3.0, expected_batch_size=256), collate=collate,
+            micro_batch_size=16, max_steps=500,
+        )
+        for private_loss in loop:
+            optimizer.step()
+        loop.save_report("output")
+
+    Args:
+        model: on its device, as `Accelerator.prepare` returns it or as it is; what is trainable in it is trained.
+        dataset: map-style; a row is a privacy unit.
+        privacy_args: what must be kept; `expected_batch_size` is needed.
+        collate: list of rows -> collated micro-batch.
+        micro_batch_size: rows that are computed at once, a memory and speed knob without effect on the result.
+        max_steps: steps to plan for; `plan.max_steps` are taken, which a given noise_multiplier may make fewer.
+        per_example_loss_fn: (model, batch) -> one loss per example, [B]; by default the loss of the model's task.
+        accelerator: of one process; its mixed precision is used.
+
+    Attributes:
+        plan: the `PrivacyPlan`.
+
+    A killed loop cannot be resumed: what it charged stays charged, and the next one is a run of its own.
+
+    Raises:
+        PrivacyError: for whatever would make epsilon untrue; all checks are done here, on synthetic rows, but for the
+            data set's budget in the ledger, which is asked when the loop begins.
+
+    Guarantee:
+        The weights that the optimiser makes of the gradients, at any turn, are (`plan.epsilon`, `plan.delta`)-DP with
+        respect to `dataset`, provided that nothing else in the loop reads it. Ending early does not make epsilon
+        smaller (P20).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset: Any,
+        privacy_args: PrivacyArguments,
+        *,
+        collate: Callable[[list[Any]], Mapping[str, Any]],
+        micro_batch_size: int,
+        max_steps: int,
+        per_example_loss_fn: PerExampleLoss | None = None,
+        accelerator: Any = None,
+    ) -> None:
+        _refuse(model, dataset, privacy_args, accelerator)
+        assert privacy_args.expected_batch_size is not None
+        self._model, self._dataset, self._asked, self._accelerator = model, dataset, privacy_args, accelerator
+        self._task = losses.task_of(model) if per_example_loss_fn is None else None
+        config = getattr(losses.base_model(model), "config", None)
+        self.plan = make_plan(
+            privacy_args,
+            num_units=len(dataset),
+            expected_batch_size=privacy_args.expected_batch_size,
+            max_steps=max_steps,
+            loss_scale=public_loss_scale(config, self._task),
+        )
+        released = self.plan.private_loss_weight or self.plan.clipping_quantile_weight
+        self._statistics = StepStatistics(self.plan) if released else None
+        self._engine = PerExampleGradients(
+            model,
+            per_example_loss_fn or losses.per_example_loss(model, losses.task_of(model)),
+            clipping_norm=self.plan.clipping_norm,
+            clipping="flat" if self.plan.clipping == "adaptive" else self.plan.clipping,
+            statistics=self._statistics,
+        )
+        packed = self._check_on_synthetic_rows(collate)
+        self._batches = LogicalBatches(dataset, collate, micro_batch_size, packed=packed)
+        self._sampler = TruncatedPoissonSampler(
+            self.plan.num_units, self.plan.sampling_probability, self.plan.max_batch_size, self.plan.max_steps
+        )
+        self._ledger = Ledger(privacy_args.ledger)
+        self._step: PrivateStep | None = None
+
+    def _check_on_synthetic_rows(self, collate: Callable) -> bool:
+        """Whether the collator packs; raises unless everything holds that must before the first step (P11)."""
+        batch = preflight.synthetic_batch(
+            self._model,
+            self._task,
+            preflight.declared_columns(self._dataset),
+            collate,
+            documents=self.plan.privacy_unit == "document",
+        )
+        half = self._accelerator is not None and self._accelerator.mixed_precision == "bf16"
+        with self._autocast():
+            preflight.check(
+                self._engine, self._on_device(batch), compare_with_model_loss=self._task is not None, autocast=half
+            )
+        return packing.is_packed(batch)
+
+    def __iter__(self) -> Iterator[float | None]:
+        """Yields, with the gradients in place, the noised estimate of the mean loss, or None if the plan has none.
+
+        Raises:
+            PrivacyError: the loop has run before, or the ledger does not allow the run or the step.
+        """
+        if self._step is not None:
+            raise PrivacyError("this PrivateLoop has run already, and running on would pass its plan; build a new one")
+        budget = self._open_run()
+        self._step = step = PrivateStep(self._engine, budget, statistics=self._statistics)
+        try:
+            for draw in self._sampler:
+                self._model.train()
+                self._accumulate(draw)
+                yield step()
+        finally:
+            self._ledger.end_run(budget.run, "completed" if budget.exhausted else "stopped early")
+
+    def _open_run(self) -> PrivacyBudget:
+        plan, asked = self.plan, self._asked
+        name = asked.ledger_dataset
+        if name is None:
+            identity = getattr(self._dataset, "_fingerprint", None) or type(self._dataset).__qualname__
+            name = "unnamed-" + self._ledger.fingerprint(f"{identity}:{len(self._dataset)}".encode())
+        budget = None
+        if asked.dataset_budget_epsilon is not None and asked.dataset_budget_delta is not None:
+            budget = (asked.dataset_budget_epsilon, asked.dataset_budget_delta)
+        run = self._ledger.open_run(
+            dataset=name,
+            plan=plan.to_dict(),
+            plan_hash=plan.sha256(),
+            epsilon=plan.epsilon,
+            delta=plan.delta,
+            max_steps=plan.max_steps,
+            privacy_unit=plan.privacy_unit,
+            adjacency=plan.adjacency,
+            budget=budget,
+        )
+        return PrivacyBudget(plan, self._ledger, run)
+
+    def _accumulate(self, draw: np.ndarray) -> None:
+        """Adds a draw to the clipped sum; if anything raises, row by row, so that only the row that raises is lost."""
+        try:
+            for batch in self._batches[draw]:
+                self._add(batch)
+            return
+        except Exception:  # whatever a row makes the model raise must not be seen (P23)
+            self._engine.discard()
+        for index in draw:
+            with contextlib.suppress(Exception):
+                for row in self._batches[np.array([index])]:
+                    self._add(row)
+
+    def _add(self, batch: Mapping[str, Any]) -> None:
+        embeddings = getattr(self._model, "get_input_embeddings", lambda: None)()
+        ids, rows = batch.get("input_ids"), getattr(embeddings, "num_embeddings", None)
+        # On a GPU the lookup itself would end the process.
+        if ids is not None and rows is not None and bool(((ids < 0) | (ids >= rows)).any()):
+            raise IndexError("input_ids")
+        with self._autocast():
+            self._engine.accumulate(self._on_device(batch))
+
+    def _on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        device = next(self._model.parameters()).device
+        return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self._accelerator is None else self._accelerator.autocast()
+
+    def privacy_spent(self) -> PrivacySpent:
+        """(epsilon, delta) at the plan's last step, which is the guarantee, and the steps charged so far."""
+        if self._step is None:
+            return PrivacySpent(self.plan.epsilon, self.plan.delta, 0)
+        return self._step.budget.spent()
+
+    def save_report(self, directory: str | os.PathLike[str]) -> None:
+        """Writes `privacy.json`, and the section on privacy into the card `README.md`, beside the weights.
+
+        Raises:
+            PrivacyError: the loop has not begun.
+        """
+        if self._step is None:
+            raise PrivacyError("nothing has been spent yet; save the report after the loop, or in it")
+        budget = self._step.budget
+        dataset = self._ledger.run(budget.run).dataset
+        base, peft = losses.base_model(self._model), getattr(self._model, "peft_config", None)
+        report = build_report(
+            plan=self.plan,
+            clipping_norm=self._engine.clipping_norm,
+            run=budget.run,
+            steps=budget.steps,
+            dataset=self._asked.ledger_dataset,
+            dataset_spent=next((d.epsilon, d.delta) for d in self._ledger.datasets() if d.dataset == dataset),
+            ledger_url=self._ledger.display_url,
+            model={
+                "class": type(base).__name__,
+                "base_model": getattr(getattr(base, "config", None), "_name_or_path", None) or None,
+                "adapter": None if peft is None else next(iter(peft.values())).peft_type.value,
+                "trainable_parameters": sum(p.numel() for _, p in self._engine.parameters.values()),
+                "total_parameters": sum(p.numel() for p in self._model.parameters()),
+            },
+            loss="given by the operator (per_example_loss_fn)" if self._task is None else f"task: {self._task}",
+            sampler="truncated Poisson" + (", draws injected" if self._sampler.injected else ""),
+            noise=self._step.noise.describe(),
+            log_private_metrics=False,
+            eval_data=None,
+            seeded=self._sampler.injected or self._step.noise.seeded_by_caller,
+            curve=budget.curve(),
+        )
+        write_report(directory, report)
+
+
+def _refuse(model: nn.Module, dataset: Any, privacy_args: PrivacyArguments, accelerator: Any) -> None:
+    from dpfa_hf.trainer import _refuse_adapter, _refuse_dataset, _refuse_reentrant
+
+    if not isinstance(privacy_args, PrivacyArguments):
+        raise PrivacyError(
+            f"privacy_args must be a dpfa_hf.PrivacyArguments, not {type(privacy_args).__name__}; for example "
+            "PrivacyArguments(target_epsilon=3.0, expected_batch_size=256)"
+        )
+    _refuse_dataset(dataset)
+    packing.refuse_packed_columns(
+        preflight.declared_columns(dataset), documents=privacy_args.privacy_unit == "document"
+    )
+    _refuse_adapter(model)
+    for module in model.modules():
+        _refuse_reentrant(module)
+    if privacy_args.expected_batch_size is None:
+        raise PrivacyError("PrivateLoop has no batch size to go by; set PrivacyArguments.expected_batch_size")
+    if privacy_args.floating_point == "hardened":
+        raise PrivacyError("floating_point='hardened' is for DPTrainer; use 'snapped' with PrivateLoop")
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and torch.distributed.get_world_size() > 1:
+        raise PrivacyError("PrivateLoop is for one process; launch one, or use DPTrainer")
+    if accelerator is not None and accelerator.mixed_precision not in ("no", "bf16"):
+        raise PrivacyError(
+            f"Accelerator(mixed_precision={accelerator.mixed_precision!r}) scales what is accumulated by what it sees "
+            "in the data; use 'bf16' or 'no'"
+        )
+    if accelerator is not None and accelerator.gradient_accumulation_steps != 1:
+        raise PrivacyError(
+            "Accelerator(gradient_accumulation_steps) would leave out steps of the optimiser; a turn of PrivateLoop is "
+            "a whole batch already: set it to 1"
+        )
