@@ -1,4 +1,4 @@
-"""Private training without a Trainer: your own loop, your own optimiser, and the steps of the mechanism in order."""
+"""Private training without a Trainer: your own loop and your own optimiser."""
 
 from __future__ import annotations
 
@@ -17,72 +17,11 @@ from dpfa_hf.batch_selection import LogicalBatches, TruncatedPoissonSampler
 from dpfa_hf.budget import PrivacyBudget, PrivacySpent
 from dpfa_hf.errors import PrivacyError
 from dpfa_hf.ledger import Ledger
-from dpfa_hf.noise import GaussianNoise
 from dpfa_hf.per_example import losses, packing, preflight
 from dpfa_hf.per_example.gradients import PerExampleGradients, PerExampleLoss
+from dpfa_hf.private_step import PrivateStep
 from dpfa_hf.report import build_report, write_report
-from dpfa_hf.statistics import StepStatistics, next_clipping_norm, public_loss_scale
-
-
-class PrivateStep:
-    """Turns the clipped sums of a step into noised gradients: ledger, noise, division, in that order.
-
-    Args:
-        engine: in which the step's micro-batches are accumulated before each call.
-        budget: the run that is charged.
-        statistics: the engine's, if the plan releases any.
-        reduce: adds up the sums of all processes, in place; called before the ledger and the noise (P16).
-
-    Guarantee:
-        A call returns with the noised mean in every trainable parameter's `grad`, float32 until it is stored. The step
-        is durable in the ledger before its noise is drawn (P21); if it cannot be charged, no noise is drawn and no
-        gradient is set. An empty step has noise like any other (P7). Divided is by the plan's expected batch, never by
-        what was drawn (P5).
-    """
-
-    def __init__(
-        self,
-        engine: PerExampleGradients,
-        budget: PrivacyBudget,
-        *,
-        statistics: StepStatistics | None = None,
-        reduce: Callable[[dict[str, torch.Tensor]], None] | None = None,
-    ) -> None:
-        self.engine, self.budget, self.statistics, self.reduce = engine, budget, statistics, reduce
-        self.noise = self._noise_at(engine.clipping_norm)
-
-    def __call__(self) -> float | None:
-        """Takes the engine's sums and releases them; returns the noised estimate of their mean loss, or None.
-
-        Raises:
-            PrivacyError: the budget is used up, the ledger cannot be written, or an addition was interrupted.
-        """
-        plan, sums, loss = self.budget.plan, self.engine.take(), None
-        if self.reduce is not None:
-            self.reduce(sums)
-        self.budget.charge()
-        self.noise.add_noise(sums)
-        if self.statistics is not None:
-            found = self.statistics.estimates(sums[self.statistics.name], self.engine.clipping_norm)
-            loss = found.loss
-            self.clip_to(next_clipping_norm(plan, self.engine.clipping_norm, found.unclipped))
-        for name, parameter in self.engine.parameters.values():
-            parameter.grad = sums[name].div_(plan.expected_batch_size).to(parameter.dtype)
-        return loss
-
-    def clip_to(self, clipping_norm: float) -> None:
-        """Between steps: the norm and the noise that belongs to it."""
-        if clipping_norm != self.engine.clipping_norm:
-            self.engine.clipping_norm = clipping_norm
-            self.noise = self._noise_at(clipping_norm)
-
-    def _noise_at(self, clipping_norm: float) -> GaussianNoise:
-        plan = self.budget.plan
-        return GaussianNoise(
-            plan.noise_standard_deviation_at(clipping_norm),
-            generator=plan.noise_generator,
-            floating_point=plan.floating_point,
-        )
+from dpfa_hf.statistics import StepStatistics, public_loss_scale
 
 
 class PrivateLoop:
@@ -148,21 +87,22 @@ class PrivateLoop:
             loss_scale=public_loss_scale(config, self._task),
         )
         released = self.plan.private_loss_weight or self.plan.clipping_quantile_weight
-        self._statistics = StepStatistics(self.plan) if released else None
+        statistics = StepStatistics(self.plan) if released else None
         self._engine = PerExampleGradients(
             model,
             per_example_loss_fn or losses.per_example_loss(model, losses.task_of(model)),
             clipping_norm=self.plan.clipping_norm,
             clipping="flat" if self.plan.clipping == "adaptive" else self.plan.clipping,
-            statistics=self._statistics,
+            statistics=statistics,
         )
+        self._step = PrivateStep(self.plan, self._engine, statistics=statistics)
         packed = self._check_on_synthetic_rows(collate)
         self._batches = LogicalBatches(dataset, collate, micro_batch_size, packed=packed)
         self._sampler = TruncatedPoissonSampler(
             self.plan.num_units, self.plan.sampling_probability, self.plan.max_batch_size, self.plan.max_steps
         )
         self._ledger = Ledger(privacy_args.ledger)
-        self._step: PrivateStep | None = None
+        self._budget: PrivacyBudget | None = None
 
     def _check_on_synthetic_rows(self, collate: Callable) -> bool:
         """Whether the collator packs; raises unless everything holds that must before the first step (P11)."""
@@ -186,15 +126,14 @@ class PrivateLoop:
         Raises:
             PrivacyError: the loop has run before, or the ledger does not allow the run or the step.
         """
-        if self._step is not None:
+        if self._budget is not None:
             raise PrivacyError("this PrivateLoop has run already, and running on would pass its plan; build a new one")
-        budget = self._open_run()
-        self._step = step = PrivateStep(self._engine, budget, statistics=self._statistics)
+        self._budget = budget = self._open_run()
         try:
             for draw in self._sampler:
                 self._model.train()
                 self._accumulate(draw)
-                yield step()
+                yield self._step(budget)
         finally:
             self._ledger.end_run(budget.run, "completed" if budget.exhausted else "stopped early")
 
@@ -251,9 +190,9 @@ class PrivateLoop:
 
     def privacy_spent(self) -> PrivacySpent:
         """(epsilon, delta) at the plan's last step, which is the guarantee, and the steps charged so far."""
-        if self._step is None:
+        if self._budget is None:
             return PrivacySpent(self.plan.epsilon, self.plan.delta, 0)
-        return self._step.budget.spent()
+        return self._budget.spent()
 
     def save_report(self, directory: str | os.PathLike[str]) -> None:
         """Writes `privacy.json`, and the section on privacy into the card `README.md`, beside the weights.
@@ -261,9 +200,9 @@ class PrivateLoop:
         Raises:
             PrivacyError: the loop has not begun.
         """
-        if self._step is None:
+        if self._budget is None:
             raise PrivacyError("nothing has been spent yet; save the report after the loop, or in it")
-        budget = self._step.budget
+        budget = self._budget
         dataset = self._ledger.run(budget.run).dataset
         base, peft = losses.base_model(self._model), getattr(self._model, "peft_config", None)
         report = build_report(

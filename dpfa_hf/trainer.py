@@ -33,14 +33,14 @@ from dpfa_hf.callbacks import PrivacyBudgetCallback
 from dpfa_hf.errors import PrivacyError
 from dpfa_hf.host_memory import freed_memory_kept
 from dpfa_hf.ledger import Ledger
-from dpfa_hf.noise import GaussianNoise
 from dpfa_hf.per_example import losses as per_example_losses
 from dpfa_hf.per_example import packing, preflight
 from dpfa_hf.per_example.gradients import PerExampleGradients, PerExampleLoss
 from dpfa_hf.plan import PrivacyPlan
+from dpfa_hf.private_step import PrivateStep
 from dpfa_hf.processes import Processes
 from dpfa_hf.report import build_report, read_report, write_report
-from dpfa_hf.statistics import StepStatistics, next_clipping_norm, public_loss_scale
+from dpfa_hf.statistics import StepStatistics, public_loss_scale
 
 logger = logging.get_logger(__name__)
 
@@ -168,18 +168,18 @@ class DPTrainerMixin(_Base):
         """Builds what reads the plan."""
         self.privacy_plan = plan
         released = plan.private_loss_weight or plan.clipping_quantile_weight
-        self._statistics = StepStatistics(plan) if released else None
+        statistics = StepStatistics(plan) if released else None
         self._private_losses: list[float] = []  # since the last log
         self._engine = PerExampleGradients(
             self.model,
             loss_fn,
             clipping_norm=plan.clipping_norm,
             clipping="flat" if plan.clipping == "adaptive" else plan.clipping,
-            statistics=self._statistics,
+            statistics=statistics,
             exact_sums=plan.floating_point == "hardened",
         )
         self._sampler = self._new_sampler()
-        self._noise = self._new_noise(plan.clipping_norm)
+        self._step = PrivateStep(plan, self._engine, statistics=statistics, processes=self._processes)
 
     def _open_ledger(self) -> None:
         self._ledger = Ledger(self._privacy_args.ledger)
@@ -191,14 +191,6 @@ class DPTrainerMixin(_Base):
             plan.sampling_probability,
             plan.max_batch_size,
             num_steps=math.ceil(plan.num_units / plan.expected_batch_size),
-        )
-
-    def _new_noise(self, clipping_norm: float) -> GaussianNoise:
-        plan = self.privacy_plan
-        return GaussianNoise(
-            plan.noise_standard_deviation_at(clipping_norm),
-            generator=plan.noise_generator,
-            floating_point=plan.floating_point,
         )
 
     def _keep_one_budget_callback(self) -> None:
@@ -314,7 +306,7 @@ class DPTrainerMixin(_Base):
             self._adopt(plan, self._engine.loss)
             self._processes.together(self._check_on_synthetic_rows)
         self.privacy_plan = plan
-        self._clip_to(norm)
+        self._step.clip_to(norm)
         self._resumed += 1
         return PrivacyBudget(plan, self._ledger, run, steps)
 
@@ -345,12 +337,6 @@ class DPTrainerMixin(_Base):
             norm = self._read_clipping_norm(self._ledger, checkpoint, record.run)
         record = self._ledger.resume_run(record.run, stored.sha256())
         return stored, norm, record.run, record.steps
-
-    def _clip_to(self, clipping_norm: float) -> None:
-        """Between steps: the norm and the noise that belongs to it."""
-        if clipping_norm != self._engine.clipping_norm:
-            self._engine.clipping_norm = clipping_norm
-            self._noise = self._new_noise(clipping_norm)
 
     def _read_clipping_norm(self, ledger: Ledger, checkpoint: str, run: str) -> float:
         """The norm that adaptive clipping had reached, as `_save_optimizer_and_scheduler` wrote it."""
@@ -479,29 +465,12 @@ class DPTrainerMixin(_Base):
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
         total = self._accumulate(*inputs)
-        sums = self._engine.take()
-        self._processes.sum_to_first(sums)
-        self._run_budget.steps = self._processes.from_first(self._run_budget.charge)
-        self._processes.from_first(functools.partial(self._add_noise, sums))
-        self._processes.copy_from_first(sums)
-        if self._statistics is not None:
-            self._read_statistics(self._statistics, sums[self._statistics.name])
-        for name, parameter in self._engine.parameters.values():
-            parameter.grad = sums[name].div_(self.privacy_plan.expected_batch_size).to(parameter.dtype)
+        loss = self._step(self._run_budget)
+        if loss is not None:
+            self._private_losses.append(loss)
         if self._privacy_args.log_private_metrics:
             return (total * self._processes.count / self.privacy_plan.expected_batch_size).float()
         return torch.full((), math.nan, device=self.args.device)
-
-    def _add_noise(self, sums: dict[str, torch.Tensor]) -> None:
-        self._noise.add_noise(sums)
-
-    def _read_statistics(self, statistics: StepStatistics, noised: torch.Tensor) -> None:
-        """Keeps the loss for the next log and clips the next step by the norm that the noised sums call for."""
-        norm = self._engine.clipping_norm
-        found = statistics.estimates(noised, norm)
-        if found.loss is not None:
-            self._private_losses.append(found.loss)
-        self._clip_to(next_clipping_norm(self.privacy_plan, norm, found.unclipped))
 
     def _accumulate(self, units: DrawnUnits, micro_batches: list[Any]) -> torch.Tensor:
         """Adds a logical batch to the clipped sum and returns the sum of its losses.
@@ -643,11 +612,11 @@ class DPTrainerMixin(_Base):
             },
             loss=self._describe_loss(),
             sampler=self._describe_sampler(),
-            noise=self._noise.describe(),
+            noise=self._step.noise.describe(),
             log_private_metrics=asked.log_private_metrics,
             eval_data=asked.eval_data,
             resumed=self._resumed,
-            seeded=self._sampler.injected or self._noise.seeded_by_caller,
+            seeded=self._sampler.injected or self._step.noise.seeded_by_caller,
             curve=None if budget is None else budget.curve(),
         )
 

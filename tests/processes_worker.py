@@ -97,7 +97,7 @@ def inject(trainer: DPTrainer, *, noise: bool) -> None:
         plan.num_units, plan.sampling_probability, plan.max_batch_size, len(draws), _draws=draws
     )
     if noise:
-        trainer._noise = GaussianNoise(plan.noise_standard_deviation, _key_source=key_source())
+        trainer._step.noise = GaussianNoise(plan.noise_standard_deviation, _key_source=key_source())
 
 
 def record(trainer: DPTrainer) -> dict[str, list]:
@@ -157,7 +157,7 @@ def noise_everywhere(trainer: DPTrainer) -> None:
 
     def noisy(sums: dict[str, torch.Tensor]) -> None:
         if not trainer._processes.is_first:
-            trainer._noise.add_noise(sums)
+            trainer._step.noise.add_noise(sums)
         sum_to_first(sums)
 
     trainer._processes.sum_to_first = noisy  # type: ignore[method-assign]
@@ -166,14 +166,14 @@ def noise_everywhere(trainer: DPTrainer) -> None:
 def one_seed_for_all_ranks(trainer: DPTrainer) -> None:
     """Every rank adds its part of the variance, and all of them the same numbers."""
     count, sum_to_first = trainer._processes.count, trainer._processes.sum_to_first
-    part = GaussianNoise(trainer._noise.standard_deviation / count**0.5, _key_source=key_source())
+    part = GaussianNoise(trainer._step.noise.standard_deviation / count**0.5, _key_source=key_source())
 
     def noisy(sums: dict[str, torch.Tensor]) -> None:
         part.add_noise(sums)
         sum_to_first(sums)
 
     trainer._processes.sum_to_first = noisy  # type: ignore[method-assign]
-    trainer._add_noise = lambda sums: None  # type: ignore[method-assign]
+    trainer._step.noise.add_noise = lambda sums: sums  # type: ignore[method-assign]
 
 
 def averaged_gradients(trainer: DPTrainer) -> None:
@@ -198,7 +198,7 @@ def noise_after_the_copy(trainer: DPTrainer) -> None:
     def copied(sums: dict[str, torch.Tensor]) -> None:
         copy_from_first(sums)
         if not trainer._processes.is_first:
-            trainer._noise.add_noise(sums)
+            trainer._step.noise.add_noise(sums)
 
     trainer._processes.copy_from_first = copied  # type: ignore[method-assign]
 
@@ -230,8 +230,8 @@ def one_fails(folder: Path) -> dict[str, Any]:
     """What all processes say when the first one's ledger does not take the second step, and nobody's noise is drawn."""
     trainer = build(folder)
     drawn: list[int] = []
-    add_noise = trainer._noise.add_noise
-    trainer._noise.add_noise = lambda sums: drawn.append(1) or add_noise(sums)  # type: ignore[method-assign, func-returns-value]
+    add_noise = trainer._step.noise.add_noise
+    trainer._step.noise.add_noise = lambda sums: drawn.append(1) or add_noise(sums)  # type: ignore[method-assign, func-returns-value]
     if trainer._ledger is not None:
         charge_step = trainer._ledger.charge_step
 
@@ -285,8 +285,8 @@ def without_the_last(folder: Path, leave: Callable[[], Any]) -> dict[str, Any]:
 
     trainer._accumulate = leaving  # type: ignore[method-assign]
     drawn: list[int] = []
-    add_noise = trainer._noise.add_noise
-    trainer._noise.add_noise = lambda sums: drawn.append(1) or add_noise(sums)  # type: ignore[method-assign, func-returns-value]
+    add_noise = trainer._step.noise.add_noise
+    trainer._step.noise.add_noise = lambda sums: drawn.append(1) or add_noise(sums)  # type: ignore[method-assign, func-returns-value]
     return {"error": error_of(trainer.train), "drawn": len(drawn)}
 
 

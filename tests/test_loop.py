@@ -17,9 +17,11 @@ from torch.utils.data import Dataset
 import dpfa_hf
 from dpfa_hf import PrivacyArguments, PrivacyError, PrivateLoop
 from dpfa_hf.batch_selection import TruncatedPoissonSampler
+from dpfa_hf.budget import PrivacyBudget
 from dpfa_hf.ledger import Ledger
-from dpfa_hf.loop import PrivateStep
 from dpfa_hf.noise import GaussianNoise
+from dpfa_hf.private_step import PrivateStep
+from dpfa_hf.processes import Processes
 
 N, VOCAB = 24, 41
 
@@ -191,10 +193,10 @@ def order_of(loop: PrivateLoop, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_step_is_charged_before_its_noise_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert order_of(loop_of(tmp_path), monkeypatch) == ["ledger", "noise"]
 
-    def hasty(step: PrivateStep) -> None:  # the mutant
+    def hasty(step: PrivateStep, budget: PrivacyBudget) -> None:  # the mutant
         sums = step.engine.take()
         step.noise.add_noise(sums)
-        step.budget.charge()
+        budget.charge()
 
     monkeypatch.setattr(PrivateStep, "__call__", hasty)
     assert order_of(loop_of(tmp_path), monkeypatch)[-2:] != ["ledger", "noise"]
@@ -222,15 +224,17 @@ def test_sums_of_other_processes_are_added_before_the_ledger_and_the_noise(tmp_p
     next(turns)
     alone = gradient(made)
 
-    def twice(sums: dict[str, torch.Tensor]) -> None:
-        assert step.budget.steps == 1
-        for tensor in sums.values():
-            tensor.mul_(2)
+    class Twins(Processes):
+        def sum_to_first(self, sums: Any) -> None:
+            assert budget.steps == 1
+            for tensor in sums.values():
+                tensor.mul_(2)
 
-    step = PrivateStep(loop._engine, loop._step.budget, reduce=twice)
+    budget = loop._budget
+    step = PrivateStep(loop.plan, loop._engine, processes=Twins())
     loop._accumulate(torch.tensor([0, 1]).numpy())
-    step()
-    assert torch.allclose(gradient(made), 2 * alone, rtol=1e-6) and step.budget.steps == 2
+    step(budget)
+    assert torch.allclose(gradient(made), 2 * alone, rtol=1e-6) and budget.steps == 2
 
 
 def test_a_loop_ends_with_its_plan_and_does_not_run_again(tmp_path: Path) -> None:

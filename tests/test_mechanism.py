@@ -101,7 +101,7 @@ def record_steps(trainer: DPTrainer) -> Recording:
 
 
 def record_order(trainer: DPTrainer, events: list[str]) -> None:
-    charge, add_noise = trainer._ledger.charge_step, trainer._noise.add_noise
+    charge, add_noise = trainer._ledger.charge_step, trainer._step.noise.add_noise
 
     def charging(*args: Any, **kwargs: Any) -> int:
         steps = charge(*args, **kwargs)
@@ -112,7 +112,7 @@ def record_order(trainer: DPTrainer, events: list[str]) -> None:
         events.append("noise")
         return add_noise(sums)
 
-    trainer._ledger.charge_step, trainer._noise.add_noise = charging, adding  # type: ignore[method-assign]
+    trainer._ledger.charge_step, trainer._step.noise.add_noise = charging, adding  # type: ignore[method-assign]
 
 
 def copies(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -250,7 +250,7 @@ def test_the_noise_has_the_planned_law_when_every_batch_is_empty_and_when_every_
 def replace_noise(law: Callable[[dict[str, torch.Tensor], GaussianNoise], Any]) -> Mutate:
     def mutate(trainer: DPTrainer) -> None:
         noise = GaussianNoise(SD)
-        trainer._noise.add_noise = lambda sums: law(sums, noise) or sums  # type: ignore[method-assign]
+        trainer._step.noise.add_noise = lambda sums: law(sums, noise) or sums  # type: ignore[method-assign]
 
     return mutate
 
@@ -260,7 +260,7 @@ def keyed(source: Callable[[int], Callable[[int], bytes]]) -> Mutate:
 
     def mutate(trainer: DPTrainer) -> None:
         steps = itertools.count()
-        trainer._noise = GaussianNoise(SD, _key_source=lambda length: source(next(steps))(length))
+        trainer._step.noise = GaussianNoise(SD, _key_source=lambda length: source(next(steps))(length))
 
     return mutate
 
@@ -281,7 +281,7 @@ def global_generator(sums: dict[str, torch.Tensor], noise: GaussianNoise) -> Non
 
 def seeded_from_the_arguments(trainer: DPTrainer) -> None:
     generator = np.random.default_rng(trainer.args.seed)
-    trainer._noise = GaussianNoise(SD, _key_source=generator.bytes)
+    trainer._step.noise = GaussianNoise(SD, _key_source=generator.bytes)
 
 
 def noise_in_every_micro_batch(trainer: DPTrainer) -> None:
@@ -293,7 +293,7 @@ def noise_in_every_micro_batch(trainer: DPTrainer) -> None:
         return losses
 
     trainer._engine.accumulate = accumulate_and_add_noise  # type: ignore[method-assign]
-    trainer._noise.add_noise = lambda sums: sums  # type: ignore[method-assign, assignment, return-value]
+    trainer._step.noise.add_noise = lambda sums: sums  # type: ignore[method-assign, assignment, return-value]
 
 
 def charge_after(trainer: DPTrainer) -> None:
@@ -301,9 +301,9 @@ def charge_after(trainer: DPTrainer) -> None:
     take = trainer._engine.take
 
     def take_and_add_noise() -> dict[str, torch.Tensor]:
-        sums = trainer._noise.add_noise(take())
-        adding = trainer._noise.add_noise
-        trainer._noise.add_noise = lambda sums: setattr(trainer._noise, "add_noise", adding) or sums  # type: ignore
+        sums = trainer._step.noise.add_noise(take())
+        adding = trainer._step.noise.add_noise
+        trainer._step.noise.add_noise = lambda sums: setattr(trainer._step.noise, "add_noise", adding) or sums  # type: ignore
         return sums
 
     trainer._engine.take = take_and_add_noise  # type: ignore[method-assign]

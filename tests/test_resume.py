@@ -139,7 +139,7 @@ def test_a_resumed_run_goes_on_from_the_norm_that_adaptive_clipping_had_reached(
 
     class Look(tf.TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            seen.append((trainer._engine.clipping_norm, trainer._noise.standard_deviation))
+            seen.append((trainer._engine.clipping_norm, trainer._step.noise.standard_deviation))
 
     first = interrupted(tmp_path, 3, **ADAPTIVE)  # the norm after the third step is lost with its checkpoint
     reached = float.fromhex(json.loads(clipping_state(tmp_path, 2).read_text())["clipping_norm"])
@@ -204,7 +204,7 @@ def test_a_hardened_run_resumes_hardened(tmp_path: Path) -> None:
     trainer = build(tmp_path, **hardened)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.privacy_plan.floating_point == "hardened" and trainer._engine.exact_sums
-    assert trainer._noise.floating_point == "hardened"
+    assert trainer._step.noise.floating_point == "hardened"
 
 
 def test_the_plan_in_the_ledger_is_used_and_not_a_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,7 +312,7 @@ CHILD = """if True:
                 sys.stdin.readline()
                 continue
             trainer = drill.build(folder, steps=steps, callbacks=[Slow])
-            trainer._noise._key_source = key
+            trainer._step.noise._key_source = key
             resumable = drill.trainer_module._last_complete_checkpoint(str(folder / "out")) is not None
             trainer.train(resume_from_checkpoint=resumable)
             note("done")

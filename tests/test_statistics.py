@@ -27,6 +27,7 @@ from dpfa_hf.batch_selection import TruncatedPoissonSampler
 from dpfa_hf.noise import GaussianNoise
 from dpfa_hf.per_example import losses
 from dpfa_hf.plan import PrivacyPlan
+from dpfa_hf.private_step import PrivateStep
 from dpfa_hf.statistics import StepStatistics, next_clipping_norm, public_loss_scale
 
 Mutate = Callable[[DPTrainer], None]
@@ -123,7 +124,7 @@ def run(trainer: DPTrainer, mutate: Mutate | None = None, draws: list[list[int]]
         )
     if mutate is not None:
         mutate(trainer)
-    record, accumulate, new_noise = Recording(plan), trainer._accumulate, trainer._new_noise
+    record, accumulate, new_noise = Recording(plan), trainer._accumulate, trainer._step.new_noise
 
     def accumulating(indices: np.ndarray, micro_batches: list) -> torch.Tensor:
         record.draws.append([int(i) for i in indices])
@@ -149,8 +150,8 @@ def run(trainer: DPTrainer, mutate: Mutate | None = None, draws: list[list[int]]
                 record.logs.append(dict(logs))
 
     trainer._accumulate = accumulating  # type: ignore[method-assign, assignment]
-    trainer._new_noise = lambda norm: recorded(new_noise(norm))  # type: ignore[method-assign]
-    trainer._noise = recorded(trainer._noise)
+    trainer._step.new_noise = lambda norm: recorded(new_noise(norm))  # type: ignore[method-assign]
+    trainer._step.noise = recorded(trainer._step.noise)
     trainer.add_callback(Listener())
     trainer.train()
     return record
@@ -284,21 +285,21 @@ def test_the_clipping_norm_settles_at_the_quantile(quantile: float, truth: Truth
 
 def without_noise_on_the_statistics(trainer: DPTrainer) -> None:
     def partial(norm: float) -> GaussianNoise:
-        noise = DPTrainer._new_noise(trainer, norm)
+        noise = PrivateStep.new_noise(trainer._step, norm)
         whole = noise.add_noise
         noise.add_noise = lambda sums: whole({k: v for k, v in sums.items() if k != StepStatistics.name})  # type: ignore
         return noise
 
-    trainer._new_noise = partial  # type: ignore[method-assign]
-    trainer._noise = partial(trainer.privacy_plan.clipping_norm)
+    trainer._step.new_noise = partial  # type: ignore[method-assign]
+    trainer._step.noise = partial(trainer.privacy_plan.clipping_norm)
 
 
 def taken_before_the_noise(part: str) -> Mutate:
     """The loss is logged, or C is moved, by sums that no noise was added to."""
 
     def mutate(trainer: DPTrainer) -> None:
-        assert trainer._statistics is not None
-        take, estimates, kept = trainer._engine.take, trainer._statistics.estimates, []
+        assert trainer._step.statistics is not None
+        take, estimates, kept = trainer._engine.take, trainer._step.statistics.estimates, []
 
         def taking() -> dict[str, torch.Tensor]:
             sums = take()
@@ -309,18 +310,18 @@ def taken_before_the_noise(part: str) -> Mutate:
             return replace(estimates(noised, norm), **{part: getattr(estimates(kept[-1], norm), part)})
 
         trainer._engine.take = taking  # type: ignore[method-assign]
-        trainer._statistics.estimates = estimating  # type: ignore[method-assign]
+        trainer._step.statistics.estimates = estimating  # type: ignore[method-assign]
 
     return mutate
 
 
 def noise_of_the_first_norm(trainer: DPTrainer) -> None:
-    trainer._new_noise = lambda norm: GaussianNoise(SIGMA * FIRST_NORM)  # type: ignore[method-assign]
+    trainer._step.new_noise = lambda norm: GaussianNoise(SIGMA * FIRST_NORM)  # type: ignore[method-assign]
 
 
 def divided_by_the_batch(trainer: DPTrainer) -> None:
     """A mean over the rows that were drawn, whose number is private."""
-    accumulate, statistics = trainer._accumulate, trainer._statistics
+    accumulate, statistics = trainer._accumulate, trainer._step.statistics
     assert statistics is not None
 
     def accumulating(indices: np.ndarray, micro_batches: list) -> torch.Tensor:
@@ -331,7 +332,7 @@ def divided_by_the_batch(trainer: DPTrainer) -> None:
 
 
 def loss_not_clamped(trainer: DPTrainer) -> None:
-    statistics = trainer._statistics
+    statistics = trainer._step.statistics
     assert statistics is not None
     add = statistics.add
 

@@ -25,6 +25,7 @@ from dpfa_hf import DPTrainer, DPTrainerMixin, PrivacyArguments, PrivacyError, p
 from dpfa_hf import trainer as trainer_module
 from dpfa_hf.batch_selection import TruncatedPoissonSampler
 from dpfa_hf.ledger import Ledger
+from dpfa_hf.noise import GaussianNoise
 from dpfa_hf.trainer import WITHHELD
 
 N, VOCAB, PAD = 40, 61, 0
@@ -322,7 +323,7 @@ def test_a_hardened_run_noises_exact_sums_to_a_grid_and_says_what_epsilon_is_for
 ) -> None:
     asked = {"target_epsilon": 50.0, "noise_multiplier": 1.0, "accountant": "rdp", "target_delta": 1e-3}
     seen = []
-    add_noise = trainer_module.GaussianNoise.add_noise
+    add_noise = GaussianNoise.add_noise
 
     def watched(noise: Any, sums: Any) -> Any:
         dtypes = {total.dtype for total in sums.values()}
@@ -331,7 +332,7 @@ def test_a_hardened_run_noises_exact_sums_to_a_grid_and_says_what_epsilon_is_for
         seen.append((noise.floating_point, dtypes, whole))
         return noised
 
-    monkeypatch.setattr(trainer_module.GaussianNoise, "add_noise", watched)
+    monkeypatch.setattr(GaussianNoise, "add_noise", watched)
     trainer = hardened(tmp_path, asked={**asked, "clipping": "adaptive"})
     trainer.train()
     assert seen == [("hardened", {torch.float64}, True)] * 2
