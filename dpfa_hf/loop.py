@@ -20,6 +20,7 @@ from dpfa_hf.ledger import Ledger
 from dpfa_hf.per_example import losses, packing, preflight
 from dpfa_hf.per_example.gradients import PerExampleGradients, PerExampleLoss
 from dpfa_hf.private_step import PrivateStep
+from dpfa_hf.refusals import checked_privacy_arguments, refuse_adapter, refuse_dataset, refuse_reentrant
 from dpfa_hf.report import build_report, write_report
 from dpfa_hf.statistics import StepStatistics, public_loss_scale
 
@@ -232,20 +233,14 @@ class PrivateLoop:
 
 
 def _refuse(model: nn.Module, dataset: Any, privacy_args: PrivacyArguments, accelerator: Any) -> None:
-    from dpfa_hf.trainer import _refuse_adapter, _refuse_dataset, _refuse_reentrant
-
-    if not isinstance(privacy_args, PrivacyArguments):
-        raise PrivacyError(
-            f"privacy_args must be a dpfa_hf.PrivacyArguments, not {type(privacy_args).__name__}; for example "
-            "PrivacyArguments(target_epsilon=3.0, expected_batch_size=256)"
-        )
-    _refuse_dataset(dataset)
+    checked_privacy_arguments(privacy_args)
+    refuse_dataset(dataset)
     packing.refuse_packed_columns(
         preflight.declared_columns(dataset), documents=privacy_args.privacy_unit == "document"
     )
-    _refuse_adapter(model)
+    refuse_adapter(model)
     for module in model.modules():
-        _refuse_reentrant(module)
+        refuse_reentrant(module)
     if privacy_args.expected_batch_size is None:
         raise PrivacyError("PrivateLoop has no batch size to go by; set PrivacyArguments.expected_batch_size")
     if privacy_args.floating_point == "hardened":

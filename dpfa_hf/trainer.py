@@ -1,6 +1,6 @@
 """Private training with `transformers.Trainer`: glue, and no privacy arithmetic.
 
-What is refused, forced and withheld is listed in `_refuse_arguments`, `_private_copy` and `WITHHELD`.
+What is refused is in `refusals`; what is forced and withheld, in `_private_copy` and `WITHHELD`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, logging
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import CallbackHandler, EarlyStoppingCallback
+from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from dpfa_hf import trl
@@ -39,6 +39,15 @@ from dpfa_hf.per_example.gradients import PerExampleGradients, PerExampleLoss
 from dpfa_hf.plan import PrivacyPlan
 from dpfa_hf.private_step import PrivateStep
 from dpfa_hf.processes import Processes
+from dpfa_hf.refusals import (
+    NO_SEARCH,
+    checked_privacy_arguments,
+    refuse_arguments,
+    refuse_callback,
+    refuse_dataset,
+    refuse_reentrant,
+    refuse_trainer,
+)
 from dpfa_hf.report import build_report, read_report, write_report
 from dpfa_hf.statistics import StepStatistics, public_loss_scale
 
@@ -112,19 +121,19 @@ class DPTrainerMixin(_Base):
         **kwargs: Any,
     ) -> None:
         training_args = kwargs.get("args", args[1] if len(args) > 1 else None)
-        asked = _checked_privacy_arguments(privacy_args)
+        asked = checked_privacy_arguments(privacy_args)
         if training_args is not None:
-            _refuse_arguments(training_args, asked)  # before Trainer acts on any of them
+            refuse_arguments(training_args, asked)  # before Trainer acts on any of them
         if "train_dataset" in kwargs:
-            _refuse_dataset(kwargs["train_dataset"])
+            refuse_dataset(kwargs["train_dataset"])
         super().__init__(*args, **kwargs)
         self._make_private(asked, per_example_loss_fn)
 
     # ---- set-up -----------------------------------------------------------------------------------------------------
 
     def _make_private(self, privacy_args: PrivacyArguments, loss_fn: PerExampleLoss | None) -> None:
-        _refuse_arguments(self.args, privacy_args)
-        _refuse_trainer(self, privacy_args, loss_fn)
+        refuse_arguments(self.args, privacy_args)
+        refuse_trainer(self, privacy_args, loss_fn, private=DPTrainerMixin)
         self._privacy_args = privacy_args
         self._run_budget: PrivacyBudget | None = None
         self._resumed = 0
@@ -208,7 +217,7 @@ class DPTrainerMixin(_Base):
         ):
             return
         if hasattr(self, "_privacy_args"):
-            _refuse_callback(kind, self._privacy_args)
+            refuse_callback(kind, self._privacy_args)
         super().add_callback(callback)
 
     # ---- the run ----------------------------------------------------------------------------------------------------
@@ -227,16 +236,18 @@ class DPTrainerMixin(_Base):
                 resumed is not in the ledger or had other settings, or its budget is used up.
         """
         if trial is not None:
-            raise PrivacyError(_NO_SEARCH)
-        _refuse_arguments(self.args, self._privacy_args)  # either may have been changed since
-        _refuse_trainer(self, self._privacy_args, None if self._task is not None else self._engine.loss)
+            raise PrivacyError(NO_SEARCH)
+        refuse_arguments(self.args, self._privacy_args)  # either may have been changed since
+        refuse_trainer(
+            self, self._privacy_args, None if self._task is not None else self._engine.loss, private=DPTrainerMixin
+        )
         if self._trl is not None:
             trl.refuse(self, self._privacy_args)
         replaced = self.train_dataset is not self._users_named_by
         if self._num_units() != self.privacy_plan.num_units or (self._users is not None and replaced):
             raise PrivacyError("train_dataset was replaced after its plan was made; build a new DPTrainer with it")
         for module in self.model.modules():
-            _refuse_reentrant(module)
+            refuse_reentrant(module)
         checkpoint = self._processes.from_first(lambda: self._checkpoint(resume_from_checkpoint))
         self._processes.together(self._check_on_synthetic_rows)
         if checkpoint is None:
@@ -571,7 +582,7 @@ class DPTrainerMixin(_Base):
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         """Refused."""
-        raise PrivacyError(_NO_SEARCH)
+        raise PrivacyError(NO_SEARCH)
 
     # ---- saying so --------------------------------------------------------------------------------------------------
 
@@ -713,7 +724,7 @@ def privatize(
         raise PrivacyError(f"{type(trainer).__name__} is private already")
     if trainer.state.global_step > 0 or trainer.is_in_train:
         raise PrivacyError("training has begun without privacy; privatize a trainer before its first step")
-    asked = _checked_privacy_arguments(privacy_args)
+    asked = checked_privacy_arguments(privacy_args)
     original = type(trainer)
     trainer.__class__ = type(f"DP{original.__name__}", (DPTrainerMixin, original), {})
     try:
@@ -722,251 +733,6 @@ def privatize(
         trainer.__class__ = original
         raise
     return trainer
-
-
-# ---- refusals -------------------------------------------------------------------------------------------------------
-
-_NO_SEARCH = (
-    "hyperparameter_search picks the best of many private runs and would report one run's epsilon; each trial is a "
-    "run: loop over DPTrainer, and the ledger adds them up"
-)
-
-
-def _checked_privacy_arguments(privacy_args: object) -> PrivacyArguments:
-    if not isinstance(privacy_args, PrivacyArguments):
-        raise PrivacyError(
-            f"privacy_args must be a dpfa_hf.PrivacyArguments, not {type(privacy_args).__name__}; for example "
-            "PrivacyArguments(target_epsilon=3.0, target_delta=1e-5)"
-        )
-    return privacy_args
-
-
-def _refuse_arguments(args: TrainingArguments, privacy_args: PrivacyArguments) -> None:
-    """Every TrainingArguments setting under which epsilon would be untrue, with its reason and way out."""
-
-    def is_set(name: str) -> bool:
-        return bool(getattr(args, name, None))
-
-    def text(name: str) -> str:
-        value = getattr(args, name, "")
-        return str(getattr(value, "value", value))
-
-    hardened = privacy_args.floating_point == "hardened"
-    public = privacy_args.eval_data == "public"
-    accelerator = getattr(args, "accelerator_config", None)
-    steered = "; private data must not steer training: pass eval_data='public' if it is public, or drop it"
-    checks = {
-        "per_device_train_batch_size": (
-            hardened and args.per_device_train_batch_size != 1,
-            f"is {args.per_device_train_batch_size}, and rows that share a micro-batch round each other's numbers; set "
-            "it to 1 (expected_batch_size is the batch), or floating_point='snapped'",
-        ),
-        "use_cpu": (
-            hardened and args.device.type != "cpu",
-            f"is off, and floating_point='hardened' is for the CPU alone, not {args.device.type}; set it to True, or "
-            "floating_point='snapped'",
-        ),
-        "auto_find_batch_size": (
-            is_set("auto_find_batch_size"),
-            "repeats steps depending on the data; set per_device_train_batch_size to what fits",
-        ),
-        "fp16": (is_set("fp16"), "skips steps depending on the data (GradScaler); use bf16"),
-        "fp16_full_eval": (is_set("fp16_full_eval"), "moves the model in half precision; use bf16_full_eval"),
-        "n_gpu": (args.n_gpu > 1, "is DataParallel, which splits the batch; set CUDA_VISIBLE_DEVICES to one device"),
-        "save_on_each_node": (
-            is_set("save_on_each_node"),
-            "needs the ledger on every node, and the first process alone has it open; set it to False and output_dir "
-            "to a folder that all nodes share",
-        ),
-        "label_smoothing_factor": (
-            is_set("label_smoothing_factor"),
-            "changes a loss that is not used; pass per_example_loss_fn",
-        ),
-        "neftune_noise_alpha": (
-            is_set("neftune_noise_alpha"),
-            "scales its noise by the batch's padded length; set it to None",
-        ),
-        "use_liger_kernel": (is_set("use_liger_kernel"), "fuses layers whose gradients are needed; set it to False"),
-        "torch_compile": (is_set("torch_compile"), "hides the layers whose gradients are needed; set it to False"),
-        "deepspeed": (is_set("deepspeed"), "reduces gradients before they can be clipped; leave it out"),
-        "fsdp": (is_set("fsdp"), "is not supported yet; leave it out, and every process holds the whole model"),
-        "parallelism_config": (is_set("parallelism_config"), "is not supported yet; leave it out"),
-        "optim": (
-            any(word in text("optim") for word in ("lomo", "layerwise")),
-            "updates weights inside the backward pass, before clipping and noise; choose another, such as adamw_torch",
-        ),
-        "train_sampling_strategy": (
-            text("train_sampling_strategy") not in ("", "random"),
-            "is not Poisson sampling; leave it at 'random' and batches are drawn by dpfa_hf",
-        ),
-        "group_by_length": (is_set("group_by_length"), "is not Poisson sampling; set it to False"),
-        "packing": (
-            is_set("packing"),
-            "packs rows before they are drawn, so that a person's text shares its protection with others'; set it to "
-            "False, and padding_free=True with privacy_unit='document' packs them after the draw",
-        ),
-        "dataloader_drop_last": (is_set("dataloader_drop_last"), "drops units from the draw; set it to False"),
-        "accelerator_config.split_batches": (
-            bool(getattr(accelerator, "split_batches", False)),
-            "changes the draw; set it to False",
-        ),
-        "accelerator_config.dispatch_batches": (
-            bool(getattr(accelerator, "dispatch_batches", False)),
-            "changes the draw; set it to None",
-        ),
-        "accelerator_config.gradient_accumulation_kwargs": (
-            bool(_without_num_steps(getattr(accelerator, "gradient_accumulation_kwargs", None))),
-            "changes the accumulation; set it to None",
-        ),
-        "include_num_input_tokens_seen": (
-            text("include_num_input_tokens_seen") not in ("", "no", "False"),
-            "counts private tokens; set it to 'no'",
-        ),
-        "skip_memory_metrics": (
-            getattr(args, "skip_memory_metrics", True) is False,
-            "as False records memory that follows the private batch; set it to True",
-        ),
-        "debug": (
-            "underflow_overflow" in str(args.debug),
-            "as underflow_overflow prints private activations; leave it empty",
-        ),
-        "lr_scheduler_type": (
-            text("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy"),
-            "follows a private metric; use a fixed schedule such as linear or cosine",
-        ),
-        "load_best_model_at_end": (is_set("load_best_model_at_end") and not public, "chooses by a metric" + steered),
-        "save_strategy": (text("save_strategy") == "best" and not public, "as 'best' chooses by a metric" + steered),
-        "eval_strategy": (
-            (text("eval_strategy") not in ("", "no") or is_set("eval_on_start")) and not public,
-            "evaluates during training, and the metrics are logged and saved; say whose data they are with "
-            "PrivacyArguments(eval_data='public'), or evaluate after training with eval_data='private'",
-        ),
-        "gradient_checkpointing_kwargs": (
-            any(
-                (getattr(args, name, None) or {}).get("use_reentrant", False)
-                for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
-            ),
-            "with use_reentrant=True computes gradients twice with other dropout; set use_reentrant to False",
-        ),
-    }
-    for name, (refused, why) in checks.items():
-        if refused:
-            raise PrivacyError(f"TrainingArguments.{name} {why}")
-    if is_set("push_to_hub") and _ledger_inside(privacy_args, args.output_dir or "."):
-        raise PrivacyError(
-            "push_to_hub would upload the ledger, which lies inside output_dir; put the ledger elsewhere (ledger=...)"
-        )
-
-
-def _without_num_steps(kwargs: Mapping | None) -> dict:
-    return {name: value for name, value in (kwargs or {}).items() if (name, value) != ("num_steps", 1)}
-
-
-def _ledger_inside(privacy_args: PrivacyArguments, folder: str) -> bool:
-    url = privacy_args.ledger or os.environ.get("DPFA_LEDGER", "")
-    if not url.startswith("sqlite"):
-        return False
-    path = os.path.realpath(url.partition("///")[2])
-    return os.path.commonpath([path, os.path.realpath(folder)]) == os.path.realpath(folder)
-
-
-def _refuse_trainer(trainer: Any, privacy_args: PrivacyArguments, loss_fn: PerExampleLoss | None) -> None:
-    """Everything about the Trainer's parts that would make epsilon untrue."""
-    _refuse_dataset(trainer.train_dataset)
-    packing.refuse_packed_columns(
-        preflight.declared_columns(trainer.train_dataset), documents=privacy_args.privacy_unit == "document"
-    )
-    if trainer.model_init is not None:
-        raise PrivacyError("model_init would replace the model whose layers were checked; pass model=")
-    if getattr(trainer, "compute_loss_func", None) is not None:
-        raise PrivacyError(
-            "compute_loss_func averages over the batch; pass per_example_loss_fn, which returns one loss per example"
-        )
-    for method in ("training_step", "get_batch_samples", "get_train_dataloader"):
-        owner = next(cls for cls in type(trainer).__mro__ if method in vars(cls))
-        if owner is not DPTrainerMixin:
-            raise PrivacyError(f"{owner.__name__}.{method} would replace the private one; remove it")
-    bases = [cls for cls in type(trainer).__mro__ if cls is not DPTrainerMixin]
-    for method in ("compute_loss", "training_step"):
-        owner = next(cls for cls in bases if method in vars(cls))
-        if owner not in (Trainer, trl.class_of(trainer)) and loss_fn is None:
-            raise PrivacyError(
-                f"{owner.__name__}.{method} is not used in private training and would be lost in silence; pass "
-                "per_example_loss_fn, which returns one loss per example"
-            )
-    engine = trainer.accelerator.distributed_type.value
-    if engine not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-        raise PrivacyError(
-            f"accelerate is set up for {engine}, which shards or reduces gradients before they can be clipped; launch "
-            "with torchrun, or with an accelerate configuration of plain multi-GPU or multi-CPU"
-        )
-    if any(type(parameter).__name__ == "DTensor" for parameter in trainer.model.parameters()):
-        raise PrivacyError(
-            "a model of sharded tensors (DTensor) is not supported yet; load it without distributed_config"
-        )
-    if getattr(trainer.model, "is_parallelizable", False) and getattr(trainer.model, "model_parallel", False):
-        raise PrivacyError("a model spread over several devices is not supported yet; put it on one device")
-    for callback in trainer.callback_handler.callbacks:
-        _refuse_callback(type(callback), privacy_args)
-    _refuse_adapter(trainer.model)
-    if privacy_args.floating_point == "hardened":
-        _refuse_wide(trainer.model)
-
-
-def _refuse_dataset(dataset: Any) -> None:
-    if dataset is None:
-        raise PrivacyError("train_dataset is missing; pass it, since a private run must know its data set")
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise PrivacyError(
-            "train_dataset is an IterableDataset: Poisson sampling needs to draw any row by its index; pass a "
-            "map-style data set (datasets.Dataset, or a torch Dataset with __len__ and __getitem__)"
-        )
-    if len(dataset) == 0:
-        raise PrivacyError("train_dataset is empty; pass one with rows")
-
-
-def _refuse_callback(kind: type[TrainerCallback], privacy_args: PrivacyArguments) -> None:
-    if issubclass(kind, EarlyStoppingCallback) and privacy_args.eval_data != "public":
-        raise PrivacyError(
-            "EarlyStoppingCallback stops by a metric; evaluation on private data must not steer training: pass "
-            "eval_data='public' if it is public, or drop the callback"
-        )
-
-
-def _refuse_adapter(model: nn.Module) -> None:
-    """PEFT configurations for which per-example gradients are not exact, or that read private data (P23)."""
-    for name, config in (getattr(model, "peft_config", None) or {}).items():
-        kind = config.peft_type.value
-        if kind != "LORA":
-            raise PrivacyError(f"adapter {name!r} is {kind}, whose per-example gradients are not exact: use LoraConfig")
-        for option in ("use_dora", "trainable_token_indices", "target_parameters"):
-            if getattr(config, option, None):
-                raise PrivacyError(f"LoraConfig.{option} has no exact per-example gradient; leave it out")
-        if str(config.init_lora_weights).lower() in ("eva", "corda", "lora_ga"):
-            raise PrivacyError(
-                f"LoraConfig.init_lora_weights={config.init_lora_weights!r} computes the adapter from data before "
-                "step 1; use True, 'gaussian' or 'pissa'"
-            )
-
-
-def _refuse_wide(model: nn.Module) -> None:
-    """What `dpfa_hf.rounding` does not cover."""
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.device.type != "cpu" or tensor.dtype in (torch.float64, torch.complex128):
-            raise PrivacyError(
-                f"{name} is {tensor.dtype} on {tensor.device.type}, and floating_point='hardened' is proven for 32 "
-                "bits or fewer on the CPU; convert the model with .float().cpu(), or use floating_point='snapped'"
-            )
-
-
-def _refuse_reentrant(module: nn.Module) -> None:
-    function = getattr(module, "_gradient_checkpointing_func", None)
-    keywords = getattr(function, "keywords", None)
-    if getattr(module, "gradient_checkpointing", False) and (keywords or {}).get("use_reentrant", False):
-        raise PrivacyError(
-            "reentrant gradient checkpointing computes gradients twice with other dropout; enable it with "
-            "use_reentrant=False"
-        )
 
 
 def _private_copy(args: TrainingArguments, privacy_args: PrivacyArguments) -> tuple[TrainingArguments, int, int]:
