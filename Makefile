@@ -3,8 +3,9 @@
 # make lint             ruff and mypy
 # make tables           run the tests of families and features, and write README's tables from their results
 # make compile-all      compile every kernel of the tile tables ahead of time, into benchmarks/results/
-# make bench            time and memory of training steps beside peers, and of noise, into benchmarks/results/ and the
-#                       README
+# make demo-mails       fine-tune a spam filter that protects senders, with all their mails
+# make bench            time and memory of training steps beside peers, of noise, sampling, ledger and processes, into
+#                       benchmarks/results/ and the README
 # make bench-accuracy   five runs of the demo, into benchmarks/results/
 # make drill            kill a job of two processes fifty times and resume it, into benchmarks/results/
 # make bench-attention  measurements of attention, into benchmarks/results/
@@ -75,6 +76,9 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/noise.py
+	$(BIN)/python benchmarks/sampling.py
+	$(BIN)/python benchmarks/ledger.py
+	$(BIN)/python benchmarks/processes.py
 	$(BIN)/python benchmarks/training.py
 
 bench-accuracy: $(VENV)/.test

@@ -74,6 +74,13 @@ LedgerUrl = Annotated[
         show_default=False,
     ),
 ]
+WitnessUrl = Annotated[
+    str | None,
+    typer.Option(
+        help="The database URL of the ledger's witness. Default: DPFA_LEDGER_WITNESS in the environment, else none.",
+        show_default=False,
+    ),
+]
 
 
 def _one_of(*choices: str) -> Callable[[str], str]:
@@ -621,51 +628,146 @@ def show(
 
 
 @ledger_app.command()
-def verify(ledger: LedgerUrl = None, as_json: AsJson = False) -> None:
-    """Is the ledger's chain of entries whole?
+def verify(ledger: LedgerUrl = None, witness: WitnessUrl = None, as_json: AsJson = False) -> None:
+    """Is the ledger's chain of entries whole, and has it every entry that its witness has seen?
 
     Replays every entry and compares it with its hash and with the totals; exit code 1 if anything differs. Whoever may
-    write to the database can rewrite all of it: note the head (number and hash) elsewhere, and compare it later.
+    write to the database can rewrite all of it, or put back an older copy: only a witness notices (`dpfa ledger
+    witness`), or a head (number and hash) that you noted elsewhere.
 
     Example: dpfa ledger verify --ledger sqlite:////home/me/ledger.db
     """
-    with _existing_ledger(ledger) as opened:
-        problems, head, place = opened.verify(), opened.head(), opened.display_url
+    with _existing_ledger(ledger, witness) as opened:
+        problems, head, place, moved = opened.verify(), opened.head(), opened.display_url, opened.moved_to()
     problems = [_UNNAMED.sub("unnamed", problem) for problem in problems]
     if as_json:
-        _print_json({"ledger": place, "ok": not problems, "problems": problems, "head": list(head)})
+        _print_json({"ledger": place, "ok": not problems, "problems": problems, "head": list(head), "moved_to": moved})
     else:
         for problem in problems:
             typer.echo(problem)
         typer.echo(f"ledger {place}: {'BROKEN' if problems else 'whole'}; head {head[0]} {head[1]}")
+        if moved:
+            typer.echo(f"It is closed: it moved to {moved}.")
     if problems:
         raise typer.Exit(1)
 
 
-def _existing_ledger(url: str | None) -> Ledger:
-    """The ledger, opened only if it is there, because opening creates what is missing."""
-    import sqlalchemy as sa
+@ledger_app.command()
+def export(
+    file: Annotated[Path, typer.Argument(help="A new file. It is readable by you alone.")],
+    ledger: LedgerUrl = None,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            help="Move: close this ledger for good, to go on at this database URL after `dpfa ledger import`."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write every entry, as JSON lines: for an auditor, or to move to another database.
 
-    from dpfa_hf.ledger import Ledger, _parse_url
+    The file names data sets. Without --to it does not hold the ledger's secret and cannot be imported. With --to it
+    does: delete it once it is imported. This ledger then refuses to be used, since two that are alive would spend the
+    budget twice; if the file gets lost, the same command writes it again.
 
-    parsed = _parse_url(url)
-    place = parsed.set(drivername=parsed.get_backend_name(), query={}).render_as_string(hide_password=True)
-    exists = parsed.get_backend_name() != "sqlite" or Path(parsed.database or "").is_file()
-    if exists:
-        try:
-            engine = sa.create_engine(parsed)
-            exists = sa.inspect(engine).has_table("dpfa_meta")
-            engine.dispose()
-        except (ImportError, sa.exc.SQLAlchemyError) as error:
-            raise PrivacyError(
-                f"ledger {place} cannot be read ({type(error).__name__}): check the address in --ledger or "
-                "DPFA_LEDGER, the server, and that the database's driver is installed"
-            ) from None
-    if not exists:
-        raise PrivacyError(
-            f"there is no ledger at {place}: name it with --ledger or DPFA_LEDGER; a private run creates one"
-        )
-    return Ledger(url)
+    Example: dpfa ledger export moving.jsonl --to postgresql://ledger@db.example.org/ledger
+    """
+    with _existing_ledger(ledger) as opened:
+        head, place = opened.export(file, to=to), opened.display_url
+    done = f"the entries of {place}" if to is None else f"ledger {place}, which is closed now: import it, and delete it"
+    _print_copy(file, head, done, as_json)
+
+
+@ledger_app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="What `dpfa ledger export --to` wrote.")],
+    ledger: LedgerUrl = None,
+    witness: WitnessUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """Go on with a ledger that was moved here: from SQLite to PostgreSQL, for example.
+
+    Every byte of the file is checked. The place must be empty, and the one that the export named. Runs go on from their
+    checkpoints; set DPFA_LEDGER to the new place first.
+
+    Example: dpfa ledger import moving.jsonl --ledger postgresql://ledger@db.example.org/ledger
+    """
+    from dpfa_hf.ledger import import_ledger
+
+    with import_ledger(file, ledger, witness=witness) as opened:
+        _print_copy(file, opened.head(), f"ledger {opened.display_url}, which is in use now", as_json)
+
+
+@ledger_app.command()
+def backup(
+    file: Annotated[Path, typer.Argument(help="A new file. It is readable by you alone.")],
+    ledger: LedgerUrl = None,
+    witness: WitnessUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a copy for `dpfa ledger restore`, of one moment, while runs go on.
+
+    The file holds the ledger's secret and names data sets: keep it as safe as the ledger.
+
+    Example: dpfa ledger backup /backup/ledger-2026-11-23.jsonl
+    """
+    with _existing_ledger(ledger, witness) as opened:
+        head, place = opened.backup(file), opened.display_url
+    _print_copy(file, head, f"ledger {place}", as_json)
+
+
+@ledger_app.command()
+def restore(
+    file: Annotated[Path, typer.Argument(help="What `dpfa ledger backup` wrote.")],
+    ledger: LedgerUrl = None,
+    witness: WitnessUrl = None,
+    unwitnessed: Annotated[
+        bool, typer.Option("--unwitnessed", help="Your word that nothing was written after the backup; recorded.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Put a backup in the place of a lost ledger, unless it is older than what the witness has seen.
+
+    An older backup would refund what was spent after it. Every byte is checked, and the place must be empty.
+
+    Example: dpfa ledger restore ledger-2026-11-23.jsonl --ledger sqlite:////home/me/ledger.db --witness sqlite:////nas/w.db
+    """
+    from dpfa_hf.ledger import restore_ledger
+
+    with restore_ledger(file, ledger, witness=witness, unwitnessed=unwitnessed) as opened:
+        _print_copy(file, opened.head(), f"ledger {opened.display_url}, which is in use now", as_json)
+
+
+@ledger_app.command("witness")
+def start_witness(ledger: LedgerUrl = None, witness: WitnessUrl = None, as_json: AsJson = False) -> None:
+    """Give the ledger a witness: a second database, kept elsewhere, that remembers how far the ledger has come.
+
+    From now on the ledger is refused without it, and if an older copy of it is put in its place. Set
+    DPFA_LEDGER_WITNESS for everybody who trains. A new ledger gets the witness that is set there by itself.
+
+    Example: dpfa ledger witness --witness sqlite:////nas/witness.db
+    """
+    with _existing_ledger(ledger, witness) as opened:
+        opened.start_witness()
+        head, place = opened.head(), opened.display_url
+    if as_json:
+        _print_json({"ledger": place, "head": list(head)})
+    else:
+        typer.echo(f"ledger {place} is witnessed from entry {head[0]} on; set DPFA_LEDGER_WITNESS wherever it is used")
+
+
+def _print_copy(file: Path, head: tuple[int, str], what: str, as_json: bool) -> None:
+    if as_json:
+        _print_json({"file": str(file), "head": list(head)})
+    else:
+        typer.echo(f"{file}: {what}; head {head[0]} {head[1]}")
+
+
+def _existing_ledger(url: str | None, witness: str | None = None) -> Ledger:
+    """The ledger, opened only if it is there: looking for one creates none."""
+    from dpfa_hf.ledger import Ledger
+
+    return Ledger(url, witness=witness, create=False)
 
 
 def _public_names(datasets: Iterable[str]) -> dict[str, str]:

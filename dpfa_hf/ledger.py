@@ -4,68 +4,46 @@ An append-only chain of entries is the truth; two small tables beside it make lo
 transaction. A step is durable here before its noise is drawn, so a run that is killed has counted every step that it
 ever intended; a run reserves its whole (epsilon(T_max), delta) before step 1, and nothing is refunded.
 
+A ledger cannot see by itself that an older copy of it was put in its place, which would refund what was spent. A
+witness, a second database kept elsewhere, remembers how far the ledger had come. It belongs to the installation, not to
+a run: the environment's DPFA_LEDGER_WITNESS names it, and no privacy argument, which a job could leave out. The order
+of a step is ledger, witness, noise. A crash in between leaves the ledger ahead of its witness, which is sound; a
+witness ahead of its ledger means that entries were lost, and nothing is written any more.
+
 The module knows no Trainer and no torch. No entry holds the time of a step: step times are withheld (P23).
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
+import itertools
 import json
 import math
 import os
-import random
 import secrets
-import sqlite3
 import sys
-import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import IO, Any, TypeVar
 
 import sqlalchemy as sa
 from platformdirs import user_data_dir
 
+from dpfa_hf.database import Database, parse_url, place_of
 from dpfa_hf.errors import PrivacyError
 
 T = TypeVar("T")
 
 _FORMAT = "1"
 _GENESIS = "0" * 64
-_PATIENCE_S = 60.0
-_DRIVERS = {
-    "sqlite": "sqlite+pysqlite",
-    "sqlite+pysqlite": "sqlite+pysqlite",
-    "postgresql": "postgresql+psycopg",
-    "postgresql+psycopg": "postgresql+psycopg",
-}
-# SET LOCAL in every transaction, because a pooler between us and the server may drop what a session was told.
-# LOCK TABLE is PostgreSQL's BEGIN IMMEDIATE: taken before the snapshot, so writers queue and see each other.
-_BEGIN: dict[tuple[str, str], tuple[str, ...]] = {
-    ("sqlite", "read"): ("BEGIN",),
-    ("sqlite", "create"): ("BEGIN IMMEDIATE",),
-    ("sqlite", "write"): ("BEGIN IMMEDIATE",),
-    ("postgresql", "read"): (),
-    ("postgresql", "create"): ("SET LOCAL synchronous_commit TO on",),
-    ("postgresql", "write"): ("SET LOCAL synchronous_commit TO on", "LOCK TABLE dpfa_entries IN EXCLUSIVE MODE"),
-}
-# Serialisation failure, deadlock, and the two ways to lose the race for creating the tables: nothing was committed.
-_RETRY_SQLSTATES = {"40001", "40P01", "23505", "42P07"}
-_SQLITE_WAY_OUT = {
-    sqlite3.SQLITE_BUSY: "another process has held it too long; let it finish or stop it",
-    sqlite3.SQLITE_CANTOPEN: "create its folder, make it accessible, or correct ledger or DPFA_LEDGER",
-    sqlite3.SQLITE_READONLY: "make the file and its folder writable, or name another place in ledger or DPFA_LEDGER",
-    sqlite3.SQLITE_FULL: "free disk space, then resume the run",
-    sqlite3.SQLITE_IOERR: "check the disk and its free space, then resume the run",
-    sqlite3.SQLITE_NOTADB: "name the right file in ledger or DPFA_LEDGER, or restore a backup",
-    sqlite3.SQLITE_CORRUPT: "restore a backup; a fresh ledger would forget what was spent",
-}
-
+_EXPORT_FORMAT = "dpfa-ledger-1"
+_ENTRY_TYPES = {"seq": int, "run": str, "kind": str, "payload": str, "prev": str, "hash": str}
 _metadata = sa.MetaData()
 _meta = sa.Table(
     "dpfa_meta",
@@ -99,6 +77,20 @@ _runs = sa.Table(
     sa.Column("max_steps", sa.BigInteger, nullable=False),
     sa.Column("status", sa.String(255), nullable=False),
     sa.Column("session", sa.String(32)),
+)
+_witness_metadata = sa.MetaData()
+_witnessed = sa.Table(
+    "dpfa_witness",
+    _witness_metadata,
+    sa.Column("ledger", sa.String(64), primary_key=True),
+    sa.Column("seq", sa.BigInteger, nullable=False),
+    sa.Column("hash", sa.String(64), nullable=False),
+)
+_places = sa.Table(
+    "dpfa_places",
+    _witness_metadata,
+    sa.Column("place", sa.String(1024), primary_key=True),
+    sa.Column("ledger", sa.ForeignKey(_witnessed.c.ledger), nullable=False),
 )
 
 
@@ -140,53 +132,108 @@ class DatasetRecord:
     runs: int
 
 
-class Ledger:
+class _Witness(Database):
+    """How far ledgers have come, for each the sequence number and the hash of its last entry, and where they are."""
+
+    _noun = "witness"
+    _setting = "witness or DPFA_LEDGER_WITNESS"
+    _has_table = False
+
+    def head(self, ledger: str) -> tuple[int, str] | None:
+        """What was last recorded of the ledger with this id, or None where it is not known."""
+
+        def find(connection: sa.Connection) -> tuple[int, str] | None:
+            self._has_table = self._has_table or sa.inspect(connection).has_table(_witnessed.name)
+            if not self._has_table:
+                return None
+            row = connection.execute(sa.select(_witnessed).where(_witnessed.c.ledger == ledger)).first()
+            return (row.seq, row.hash) if row else None
+
+        return self.transaction(find, "read")
+
+    def begin(self, ledger: str, place: str) -> None:
+        """Begins with a ledger before its first entry; of one that is known, notes that it is at `place` too.
+
+        Raises:
+            PrivacyError: another ledger was written at this place: a fresh one would forget what that one spent.
+        """
+
+        def note(connection: sa.Connection) -> None:
+            _witness_metadata.create_all(connection)
+            here = _places.c.place == place
+            known = connection.execute(sa.select(_witnessed).join(_places).where(here)).first()
+            # Nothing was spent by a ledger without entries: its creation did not end.
+            if known is not None and known.ledger != ledger and known.seq > 0:
+                raise PrivacyError(
+                    f"witness {self.display_url} has seen another ledger at {place}, of {known.seq} entries, which is "
+                    "lost or on a disk that is not mounted: restore it, or name another place for other data"
+                )
+            if connection.execute(sa.select(_witnessed).where(_witnessed.c.ledger == ledger)).first() is None:
+                connection.execute(_witnessed.insert().values(ledger=ledger, seq=0, hash=_GENESIS))
+            if known is None:
+                connection.execute(_places.insert().values(place=place, ledger=ledger))
+            else:
+                connection.execute(_places.update().where(here).values(ledger=ledger))
+
+        self.transaction(note, "create")
+
+    def advance(self, ledger: str, head: tuple[int, str]) -> bool:
+        """Records `head`, durably; False where another process has recorded as late or a later one."""
+        behind = (_witnessed.c.ledger == ledger) & (_witnessed.c.seq < head[0])
+        forward = _witnessed.update().where(behind).values(seq=head[0], hash=head[1])
+        return self.transaction(lambda connection: connection.execute(forward).rowcount == 1, "create")
+
+
+class Ledger(Database):
     """A ledger in one database, SQLite or PostgreSQL.
 
-    Guarantee: when `charge_step` returns, the step is durable (P21) under the database's own promise: SQLite in WAL
-    with synchronous=FULL, else EXTRA; PostgreSQL with synchronous_commit=on and fsync=on; asserted on connecting. The
-    exact decimal sums of the epsilons and of the deltas that the runs of a data set reserved never pass its budget,
-    whatever processes race (P22). Whoever may write to the database can rewrite all of it consistently: only a `head`
-    kept elsewhere shows that, or that an old copy was restored.
+    Guarantee: when `charge_step` returns, the step is durable (P21), as `Database` promises, and its witness knows of
+    it. The exact decimal sums of the epsilons and of the deltas that the runs of a data set reserved never pass its
+    budget, whatever processes race (P22). Nothing is written to a ledger that lacks an entry which its witness has
+    seen, one that has a witness serves nobody who does not name it, and none is created where the witness has seen
+    another. Whoever may write to the database can rewrite
+    all of it consistently, and whoever may replace it can put back an older copy: without a witness elsewhere, nothing
+    in the ledger shows that.
 
     Args:
         url: `sqlite:////absolute/file` or `postgresql://user:password@host/database`. None means the environment's
             DPFA_LEDGER, else `ledger.sqlite3` in the user's data folder.
+        witness: the URL of the witness, of the same kinds. None means the environment's DPFA_LEDGER_WITNESS, else
+            none. A ledger that is created here gets it from its first entry on; one that exists, by `start_witness`.
+        create: whether to create what is missing; otherwise a missing ledger is refused and nothing is written.
 
     Raises:
-        PrivacyError: the URL is malformed, names another kind of database or one in memory, its driver is not
-            installed, or the database cannot be reached, written, understood or made durable.
+        PrivacyError: a URL is malformed, names another kind of database or one in memory, its driver is not installed,
+            or the database cannot be reached, written, understood or made durable.
     """
 
-    display_url: str
-    """The URL without password and options."""
+    _written_table = _entries.name
 
-    def __init__(self, url: str | None = None) -> None:
-        parsed = _parse_url(url)
-        self._backend = parsed.get_backend_name()
-        self.display_url = parsed.set(drivername=self._backend, query={}).render_as_string(hide_password=True)
-        self._withheld = [text for text in (parsed.password, *_query_values(parsed)) if text]
-        self._owner: int | None = os.getpid()
+    def __init__(
+        self, url: str | None = None, *, witness: str | None = None, create: bool = True, _copy: _Copy | None = None
+    ) -> None:
+        parsed = _ledger_url(url)
+        if not create:
+            _refuse_missing(parsed)
+        super().__init__(parsed, create=create)
         self._sessions: dict[str, str] = {}
-        self._path = Path(parsed.database or "") if self._backend == "sqlite" else None
-        self._identity = _create_private(self._path) if self._path else None
-        arguments: dict[str, Any] = {"connect_args": {"timeout": _PATIENCE_S}}
-        if self._backend == "postgresql":
-            arguments = {"connect_args": {"connect_timeout": 10}, "isolation_level": "SERIALIZABLE"}
+        self._place = place_of(parsed)
+        self._witness_url = _witness_url(witness, parsed)
+        self._witness: _Witness | None = None
         try:
-            self._engine = sa.create_engine(parsed, pool_pre_ping=True, **arguments)
-        except ImportError:
-            raise PrivacyError(
-                f"ledger {self.display_url} needs the driver psycopg, which is not installed: "
-                "pip install 'psycopg[binary]', or use a sqlite:/// URL"
-            ) from None
-        sa.event.listen(self._engine, "connect", self._prepare)
-        sa.event.listen(self._engine, "begin", self._begin)
-        try:
-            self._secret = self._transaction(_create, "create")
+            if _copy is None:
+                self._secret = self.transaction(self._create, "create")
+            else:
+                self._fill_from(_copy)
         except PrivacyError:
             self.close()
             raise
+
+    def close(self) -> None:
+        """Closes the connections; runs stay open in the database and can be resumed."""
+        if self._witness is not None:
+            self._witness.close()
+        super().close()
 
     def fingerprint(self, data: bytes) -> str:
         """HMAC-SHA256 of `data` under this ledger's secret, as 64 hex digits.
@@ -276,7 +323,7 @@ class Ledger:
                 )
             )
 
-        self._transaction(reserve, "write")
+        self._write(reserve)
         self._sessions[run] = session
         return run
 
@@ -312,7 +359,7 @@ class Ledger:
             _append(connection, run, "step", {"step": step})
             return step
 
-        return self._transaction(charge, "write")
+        return self._write(charge)
 
     def resume_run(self, run: str, plan_hash: str) -> RunRecord:
         """Takes `run` over for this object, which alone may charge it from now on, and returns its record.
@@ -339,7 +386,7 @@ class Ledger:
             connection.execute(_runs.update().where(_runs.c.run == run).values(status="running", session=session))
             return self._one(connection, run)
 
-        record = self._transaction(resume, "write")
+        record = self._write(resume)
         self._sessions[run] = session
         return record
 
@@ -358,17 +405,17 @@ class Ledger:
             _append(connection, run, "end", {"reason": reason})
             connection.execute(_runs.update().where(_runs.c.run == run).values(status=reason, session=None))
 
-        self._transaction(end, "write")
+        self._write(end)
         del self._sessions[run]
 
     def run(self, run: str) -> RunRecord:
         """The record of `run`; PrivacyError where this ledger does not have it."""
         _text("run", run)
-        return self._transaction(lambda connection: self._one(connection, run), "read")
+        return self.transaction(lambda connection: self._one(connection, run), "read")
 
     def runs(self) -> list[RunRecord]:
         """All runs, in the order in which they were opened."""
-        return self._transaction(_records, "read")
+        return self.transaction(_records, "read")
 
     def datasets(self) -> list[DatasetRecord]:
         """All data sets, in the order of their first runs."""
@@ -392,89 +439,194 @@ class Ledger:
         """Replays the whole chain and returns the problems found, one line each; [] means that it holds.
 
         Found are entries that were changed, dropped, reordered, added or cut off at the end, summary rows that differ
-        from what the entries add up to, a replaced secret and passed budgets. Cost is linear in the entries.
+        from what the entries add up to, a replaced secret, passed budgets, and entries that the witness has seen and
+        the ledger has lost. Cost is linear in the entries.
+
+        Raises:
+            PrivacyError: the ledger or its witness cannot be read.
         """
-        return self._transaction(lambda connection: _problems(connection, self._secret), "read")
+        seen = self._seen()
+
+        def replay(connection: sa.Connection) -> list[str]:
+            problems, replayed = _problems(connection, self._secret)
+            if replayed.witnessed and self._witness_url is None:
+                problems.append("it has a witness, which was not asked: name it in witness or DPFA_LEDGER_WITNESS")
+            return problems + self._losses(connection, seen)
+
+        return self.transaction(replay, "read")
 
     def head(self) -> tuple[int, str]:
         """(sequence number, hash) of the last entry: kept elsewhere, it witnesses that no older copy was restored."""
-        return self._transaction(_head, "read")
+        return self.transaction(_head, "read")
 
-    def close(self) -> None:
-        """Closes the connections; runs stay open in the database and can be resumed."""
-        if self._owner == os.getpid():
-            self._engine.dispose()
-        self._owner = None
+    def moved_to(self) -> str | None:
+        """Where this ledger was moved by `export`, so that it is closed; None for one that is in use."""
+        return _moved_to(*self.transaction(_last, "read")[2:])
 
-    def __enter__(self) -> Self:
-        return self
+    def start_witness(self) -> None:
+        """Makes the witness that this object was opened with the ledger's own: from now on the ledger is refused
+        without one. Where the ledger has lost its witness, this starts a new one.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        A witness that begins today vouches for today's entries: that none was lost before is the caller's word.
 
-    def _prepare(self, dbapi_connection: Any, _: object) -> None:
-        cursor = dbapi_connection.cursor()
-        try:
-            if self._backend == "sqlite":
-                # The driver would otherwise open transactions of its own, and not IMMEDIATE ones.
-                dbapi_connection.isolation_level = None
-                _configure_sqlite(cursor)
-                _assert_sqlite_durable(cursor)
-            else:
-                _configure_postgresql(cursor)
-                _assert_postgresql_durable(cursor)
-                dbapi_connection.commit()
-        finally:
-            cursor.close()
+        Raises:
+            PrivacyError: no witness was named, it knows a later state of this ledger, or either cannot be written.
+        """
+        if self._witness_url is None:
+            raise PrivacyError("witness is not set: name its database in witness or DPFA_LEDGER_WITNESS")
+        # Before the entry that demands it, so that a crash in between leaves a ledger which can be served.
+        self._opened_witness(create=True).begin(self._id, self._place)
+        self._write(lambda connection: _append(connection, "", "witness", {}))
 
-    def _begin(self, connection: sa.Connection) -> None:
-        for statement in _BEGIN[self._backend, connection.get_execution_options()["dpfa_mode"]]:
-            connection.exec_driver_sql(statement)
+    def export(self, path: str | os.PathLike[str], *, to: str | None = None) -> tuple[int, str]:
+        """Writes the chain as JSON lines into a new file that its owner alone can read, and returns its head.
 
-    def _transaction(self, work: Callable[[sa.Connection], T], mode: str) -> T:
-        """Runs `work` in one transaction, again where it was rolled back for another's sake, and commits."""
-        if self._owner is None:
-            raise PrivacyError(f"ledger {self.display_url} is closed: open a new Ledger and resume the run")
-        if self._owner != os.getpid():
+        Without `to` the file is for reading, by an auditor for example: it holds data sets' names and fingerprints, and
+        not the secret. With `to` the ledger moves: its last entry, written before the file, says where to, it is
+        refused from then on, and the file, which holds the secret too, can be imported at that place alone. If writing
+        the file fails, calling again writes it.
+
+        Raises:
+            PrivacyError: the file exists or cannot be written, the ledger fails verification or has moved elsewhere.
+        """
+        place = None if to is None else place_of(_ledger_url(to))
+
+        def move(connection: sa.Connection) -> None:
+            if _last(connection)[2:] != ("moved", _canonical({"to": place})):
+                _append(connection, "", "moved", {"to": place})
+
+        with _new_file(path) as file:
+            if place is None:
+                return self._copy(file, secret=False)
+            self._refuse_broken()
+            self._write(move)
+            return self._copy(file, secret=True)
+
+    def backup(self, path: str | os.PathLike[str]) -> tuple[int, str]:
+        """Writes a copy for `restore_ledger` into a new file that its owner alone can read, and returns its head.
+
+        The copy is of one moment, whatever is charged meanwhile, and holds the secret.
+
+        Raises:
+            PrivacyError: the file exists or cannot be written, or the ledger fails verification.
+        """
+        with _new_file(path) as file:
+            self._refuse_broken()
+            return self._copy(file, secret=True)
+
+    def _copy(self, file: IO[str], *, secret: bool) -> tuple[int, str]:
+        def write(connection: sa.Connection) -> tuple[int, str]:
+            file.seek(0)
+            file.truncate()
+            seq, last = _head(connection)
+            header = {"format": _EXPORT_FORMAT, "entries": seq, "head": last}
+            file.write(_canonical(header | ({"secret": self._secret} if secret else {})) + "\n")
+            for entry in _in_order(connection):
+                file.write(_canonical(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+            return seq, last
+
+        return self.transaction(write, "read")
+
+    @property
+    def _id(self) -> str:
+        """What the witness calls this ledger: the secret's hash, which its first entry has too."""
+        return _sha256(self._secret)
+
+    def _create(self, connection: sa.Connection) -> str:
+        secret, is_new = _create(connection)
+        if is_new and self._witness_url is not None:
+            # Before the commit: a crash in between leaves the witness of a ledger that never was.
+            self._opened_witness(create=True).begin(_sha256(secret), self._place)
+            _append(connection, "", "witness", {})
+        return secret
+
+    def _fill_from(self, copy: _Copy) -> None:
+        self._secret = copy.secret
+        seen = None if copy.unwitnessed else self._seen()
+        arrival = "imported" if copy.replay.moved_to is not None else "restored"
+
+        def fill(connection: sa.Connection) -> tuple[int, str]:
+            _metadata.create_all(connection)
+            if _head(connection) != (0, _GENESIS) or connection.execute(sa.select(_meta)).first():
+                raise PrivacyError(f"ledger {self.display_url} is in use: name an empty place, or keep what is there")
+            entries = copy.entries()
+            while some := list(itertools.islice(entries, 1000)):
+                connection.execute(_entries.insert(), some)
+            if copy.secret != self._secret:
+                raise PrivacyError(f"file {copy.path} was exchanged while it was read: try again")
+            for table, rows in ((_datasets, copy.replay.datasets), (_runs, copy.replay.runs)):
+                if rows:
+                    connection.execute(table.insert(), list(rows.values()))
+            _insert_meta(connection, copy.secret)
+            losses = self._losses(connection, seen)
+            if losses:
+                raise PrivacyError(f"file {copy.path} is refused, for {losses[0]}: restore a newer backup")
+            if seen is not None:
+                self._opened_witness().begin(self._id, self._place)
+            _append(connection, "", arrival, {"witnessed": seen is not None})
+            return _head(connection)
+
+        head = self.transaction(fill, "create")
+        if seen is not None:
+            self._tell_witness(head)
+
+    def _opened_witness(self, *, create: bool = False) -> _Witness:
+        assert self._witness_url is not None
+        if self._witness is None:
+            self._witness = _Witness(self._witness_url, create=create)
+        return self._witness
+
+    def _seen(self) -> tuple[int, str] | None:
+        """The last entry that the witness has seen, None without a witness; asked before the transaction that is held
+        against it, so that it cannot be ahead of a sound one."""
+        if self._witness_url is None:
+            return None
+        witness = self._opened_witness()
+        seen = witness.head(self._id)
+        if seen is None:
             raise PrivacyError(
-                f"ledger {self.display_url} was opened before a fork, and a copy of it must not write: "
-                "open a Ledger in this process"
+                f"witness {witness.display_url} does not know ledger {self.display_url}: correct witness or "
+                "DPFA_LEDGER_WITNESS, or, if this is the ledger's newest copy, run `dpfa ledger witness`"
             )
-        deadline = time.monotonic() + _PATIENCE_S
-        while True:
-            if self._path and _identity(self._path) != self._identity:
-                raise PrivacyError(
-                    f"the file of ledger {self.display_url} was moved, deleted or replaced while it was open: "
-                    "put it back and resume the run"
-                )
-            try:
-                with self._engine.connect() as connection:
-                    connection.execution_options(dpfa_mode=mode)
-                    with connection.begin():
-                        return work(connection)
-            except sa.exc.SQLAlchemyError as error:
-                if not _retryable(error) or time.monotonic() > deadline:
-                    raise PrivacyError(self._refusal(error)) from None
-            time.sleep(random.uniform(0.001, 0.05))
+        return seen
 
-    def _refusal(self, error: sa.exc.SQLAlchemyError) -> str:
-        cause = getattr(error, "orig", None) or error
-        text = " ".join(str(cause).split())
-        for withheld in self._withheld:
-            text = text.replace(withheld, "***")
-        code = getattr(cause, "sqlite_errorcode", None)
-        way_out = "check that the server is reachable and that this user may write, or correct ledger or DPFA_LEDGER"
-        if self._backend == "sqlite":
-            way_out = _SQLITE_WAY_OUT.get(-1 if code is None else code & 0xFF, "run `dpfa ledger verify` on it")
-        return f"ledger {self.display_url} failed ({text}): {way_out}"
+    def _losses(self, connection: sa.Connection, seen: tuple[int, str] | None) -> list[str]:
+        if seen is None or _hash_at(connection, seen[0]) == seen[1]:
+            return []
+        return [f"its witness has seen an entry {seen[0]} that it lacks: it is an older copy, or another branch"]
+
+    def _write(self, work: Callable[[sa.Connection], T]) -> T:
+        """Runs `work` in a write transaction on a ledger that has lost nothing, and has the result witnessed."""
+        seen = self._seen()
+        if seen is None:
+            return self.transaction(work, "write")
+
+        def checked(connection: sa.Connection) -> tuple[T, tuple[int, str]]:
+            losses = self._losses(connection, seen)
+            if losses:
+                raise PrivacyError(f"ledger {self.display_url} is refused, for {losses[0]}: restore a newer backup")
+            return work(connection), _head(connection)
+
+        result, head = self.transaction(checked, "write")
+        self._tell_witness(head)
+        return result
+
+    def _tell_witness(self, head: tuple[int, str]) -> None:
+        if self._opened_witness().advance(self._id, head):
+            return
+        # Another writer was faster: of this ledger, and then its entry is here, or of a copy.
+        seen = self._seen()
+        losses = self.transaction(lambda connection: self._losses(connection, seen), "read")
+        if losses:
+            raise PrivacyError(f"ledger {self.display_url} is refused, for {losses[0]}: find and stop the other copy")
 
     def _refuse_broken(self) -> None:
         problems = self.verify()
         if problems:
             raise PrivacyError(
-                f"ledger {self.display_url} fails verification ({problems[0]}): restore a backup that passes "
+                f"ledger {self.display_url} fails verification ({problems[0]}): restore a newer backup that passes "
                 "`dpfa ledger verify`; a fresh ledger would forget what was spent"
             )
 
@@ -499,126 +651,193 @@ class Ledger:
         return records[0]
 
 
-def _parse_url(url: str | None) -> sa.URL:
-    source = "DPFA_LEDGER" if url is None else "ledger"
-    if url is None:
-        url = os.environ.get("DPFA_LEDGER") or None
-    if url is None:
-        path = Path(user_data_dir("dpfa_hf")) / "ledger.sqlite3"
+def import_ledger(path: str | os.PathLike[str], url: str | None = None, *, witness: str | None = None) -> Ledger:
+    """Goes on at `url` with a ledger that `Ledger.export(path, to=url)` has moved here, and returns it.
+
+    Guarantee: every byte of the file is checked, the place was empty, and it is the one that the file's last entry
+    names, so that one file does not become two ledgers which spend the budget twice. (Places that are called the same
+    on two machines are told apart by a witness alone.) All is written, or nothing.
+
+    Args:
+        path: the file.
+        url: an empty place, as for `Ledger`.
+        witness: as for `Ledger`.
+
+    Raises:
+        PrivacyError: the file is damaged, incomplete or not a move to this place, the place is not empty, or the
+            ledger's witness was not named or has seen later entries.
+    """
+    copy, place = _Copy(path), place_of(_ledger_url(url))
+    if copy.replay.moved_to is None:
+        raise PrivacyError(
+            f"file {path} is of a ledger that is still in use: close that one with `dpfa ledger export --to {place}`, "
+            "or use `dpfa ledger restore` if it was lost"
+        )
+    if copy.replay.moved_to != place:
+        raise PrivacyError(f"file {path} is of a ledger that moved to {copy.replay.moved_to}, not {place}: go on there")
+    if copy.replay.witnessed and _witness_url(witness, _ledger_url(url)) is None:
+        raise PrivacyError(f"file {path} is of a ledger with a witness: name it in witness or DPFA_LEDGER_WITNESS")
+    return Ledger(url, witness=witness, _copy=copy)
+
+
+def restore_ledger(
+    path: str | os.PathLike[str], url: str | None = None, *, witness: str | None = None, unwitnessed: bool = False
+) -> Ledger:
+    """Puts the copy that `Ledger.backup` wrote to `path` in the place of a ledger that was lost, and returns it.
+
+    Guarantee: every byte of the file is checked, the place was empty, and the copy has the last entry that the witness
+    has seen, so that nothing which was spent is refunded. All is written, or nothing.
+
+    Args:
+        path: the backup.
+        url: an empty place, as for `Ledger`.
+        witness: as for `Ledger`.
+        unwitnessed: asks no witness: that nothing was written after the backup is the caller's word, and recorded as
+            such. A ledger that had a witness is refused until it has one again (`Ledger.start_witness`).
+
+    Raises:
+        PrivacyError: the file is damaged, incomplete or of a ledger that has moved, the place is not empty, or there is
+            no witness or it has seen later entries.
+    """
+    copy = _Copy(path, unwitnessed=unwitnessed)
+    if copy.replay.moved_to is not None:
+        raise PrivacyError(f"file {path} is of a ledger that moved to {copy.replay.moved_to}: go on there")
+    if not unwitnessed and _witness_url(witness, _ledger_url(url)) is None:
+        raise PrivacyError(
+            f"file {path} may be older than what was spent, and no witness is named that knows: name it in witness "
+            "or DPFA_LEDGER_WITNESS, or give your word with unwitnessed"
+        )
+    return Ledger(url, witness=witness, _copy=copy)
+
+
+@contextlib.contextmanager
+def _new_file(path: str | os.PathLike[str]) -> Iterator[IO[str]]:
+    """A file that its owner alone can read; it is removed if anything raises."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError as error:
+        raise PrivacyError(f"file {path} cannot be created ({error.strerror}): name a new file") from None
+    try:
+        with open(descriptor, "w", encoding="ascii", newline="\n") as file:
+            yield file
+    except BaseException as error:
+        os.unlink(path)
+        if isinstance(error, OSError):
+            raise PrivacyError(f"file {path} cannot be written ({error.strerror}): free space, and try again") from None
+        raise
+
+
+class _Copy:
+    """A file that `Ledger.export(to=...)` or `Ledger.backup` wrote, read through once on opening.
+
+    Guarantee: a file in which any byte was changed, added or cut off is refused. Each line is the canonical JSON of
+    what it says; the first one holds the secret, whose hash is in the first entry, and number and hash of the last one.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, unwitnessed: bool = False) -> None:
+        self.path, self.unwitnessed = path, unwitnessed
+        for _ in self.entries():
+            pass
+
+    def entries(self) -> Iterator[dict[str, Any]]:
+        """The entries in order; `secret` and `replay` are those of all entries at the end."""
         try:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with open(self.path, "rb") as file:
+                lines = map(self._line, file)
+                header = next(lines, {})
+                self.secret = str(header.get("secret", ""))
+                self.replay = _Replay(self.secret)
+                if not self.secret:
+                    raise ValueError("it has no secret: only what `backup` and `export --to` write can be served")
+                for entry in lines:
+                    if {name: type(value) for name, value in entry.items()} != _ENTRY_TYPES:
+                        raise ValueError("a line is not an entry")
+                    problems = self.replay.follow(entry)
+                    if problems:
+                        raise ValueError(problems[0])
+                    yield entry
+                last = {"entries": self.replay.seq, "head": self.replay.last}
+                if header != {"format": _EXPORT_FORMAT, "secret": self.secret} | last:
+                    raise ValueError("it does not end as its first line says")
+                problems = self.replay.overspent()
+                if problems:
+                    raise ValueError(problems[0])
         except OSError as error:
+            raise PrivacyError(f"file {self.path} cannot be read ({error.strerror}): name the right file") from None
+        except ValueError as error:
             raise PrivacyError(
-                f"the default ledger's folder {path.parent} cannot be created ({error.strerror}): "
-                "give a place in ledger or DPFA_LEDGER"
+                f"file {self.path} is no whole copy of a ledger ({error}): take another one, or write it again"
             ) from None
-        return sa.URL.create("sqlite+pysqlite", database=str(path))
-    if not isinstance(url, str):
-        raise PrivacyError(f"ledger must be a database URL as str, not {type(url).__name__}: e.g. sqlite:///ledger.db")
+
+    @staticmethod
+    def _line(line: bytes) -> dict[str, Any]:
+        try:
+            content = json.loads(line)
+            sound = isinstance(content, dict) and (_canonical(content) + "\n").encode() == line
+        except (ValueError, RecursionError):
+            sound = False
+        if not sound:
+            raise ValueError("a line is not as it was written")
+        return content
+
+
+def _ledger_url(url: str | None) -> sa.URL:
+    if url is not None:
+        return parse_url(url, "ledger")
+    if os.environ.get("DPFA_LEDGER"):
+        return parse_url(os.environ["DPFA_LEDGER"], "DPFA_LEDGER")
+    path = Path(user_data_dir("dpfa_hf")) / "ledger.sqlite3"
     try:
-        parsed = sa.make_url(url)
-    except (sa.exc.ArgumentError, ValueError):
-        parsed = None
-    if parsed is None or not url.isprintable():
-        # The parser's own message may quote the password.
-        raise PrivacyError(f"{source} is not a database URL: write e.g. sqlite:////folder/ledger.sqlite3")
-    if parsed.drivername not in _DRIVERS:
-        raise PrivacyError(
-            f"{source} has the scheme {parsed.drivername!r}, and a ledger's durability can be asserted on SQLite and "
-            "PostgreSQL only (P21): use sqlite:/// or postgresql+psycopg://"
-        )
-    parsed = parsed.set(drivername=_DRIVERS[parsed.drivername])
-    if parsed.get_backend_name() == "postgresql":
-        return parsed
-    if parsed.query:
-        raise PrivacyError(
-            f"{source} has options after '?', and SQLite's can put the ledger in memory or switch off its locks: "
-            "leave them out"
-        )
-    if not parsed.database or parsed.database == ":memory:":
-        raise PrivacyError(
-            f"{source} is a SQLite database in memory, which forgets what was spent: "
-            "name a file, e.g. sqlite:////folder/ledger.sqlite3"
-        )
-    # Absolute, or a later change of the working directory would start a second ledger.
-    return parsed.set(database=os.path.abspath(parsed.database))
-
-
-def _query_values(url: sa.URL) -> list[str]:
-    return [part for value in url.query.values() for part in ([value] if isinstance(value, str) else value)]
-
-
-def _create_private(path: Path) -> tuple[int, int]:
-    """Creates a missing file readable by its owner alone, since it holds the secret, and returns its identity."""
-    try:
-        if not path.exists():
-            path.touch(mode=0o600)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
         raise PrivacyError(
-            f"ledger file {path} cannot be created ({error.strerror}): {_SQLITE_WAY_OUT[sqlite3.SQLITE_CANTOPEN]}"
+            f"the default ledger's folder {path.parent} cannot be created ({error.strerror}): "
+            "give a place in ledger or DPFA_LEDGER"
         ) from None
-    identity = _identity(path)
-    if identity is None:
-        raise PrivacyError(f"ledger file {path} cannot be reached: {_SQLITE_WAY_OUT[sqlite3.SQLITE_CANTOPEN]}")
-    return identity
+    return sa.URL.create("sqlite+pysqlite", database=str(path))
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        status = os.stat(path)
-    except OSError:
+def _witness_url(url: str | None, ledger: sa.URL) -> sa.URL | None:
+    source = "DPFA_LEDGER_WITNESS" if url is None else "witness"
+    if url is None:
+        url = os.environ.get("DPFA_LEDGER_WITNESS") or None
+    if url is None:
         return None
-    return status.st_dev, status.st_ino
-
-
-def _configure_sqlite(cursor: Any) -> None:
-    journal = cursor.execute("PRAGMA journal_mode").fetchone()[0]
-    if journal != "wal":
-        journal = cursor.execute("PRAGMA journal_mode=WAL").fetchone()[0]
-    cursor.execute(f"PRAGMA synchronous={'FULL' if journal == 'wal' else 'EXTRA'}")
-    # On macOS fsync alone leaves the data in the drive's cache.
-    cursor.execute("PRAGMA fullfsync=ON")
-
-
-def _assert_sqlite_durable(cursor: Any) -> None:
-    journal = cursor.execute("PRAGMA journal_mode").fetchone()[0]
-    synchronous = cursor.execute("PRAGMA synchronous").fetchone()[0]
-    # 2 is FULL, 3 is EXTRA.
-    if not (journal == "wal" and synchronous >= 2 or journal in ("delete", "truncate", "persist") and synchronous == 3):
+    parsed = parse_url(url, source)
+    if (place_of(parsed), parsed.query) == (place_of(ledger), ledger.query):
         raise PrivacyError(
-            f"ledger: SQLite runs with journal_mode={journal}, synchronous={synchronous}, so a step could be lost "
-            "after its noise was drawn (P21): put the ledger on a local file system, or use PostgreSQL"
+            f"{source} is the ledger's own database, which would be put back together with it: name one elsewhere"
+        )
+    return parsed
+
+
+def _refuse_missing(url: sa.URL) -> None:
+    """Looks without the settings of a ledger's connection, which would already write."""
+    shown = url.set(drivername=url.get_backend_name(), query={}).render_as_string(hide_password=True)
+    exists = url.get_backend_name() != "sqlite" or Path(url.database or "").is_file()
+    if exists:
+        try:
+            engine = sa.create_engine(url)
+            exists = sa.inspect(engine).has_table(_meta.name)
+            engine.dispose()
+        except (ImportError, sa.exc.SQLAlchemyError) as error:
+            raise PrivacyError(
+                f"ledger {shown} cannot be read ({type(error).__name__}): check the address in --ledger or "
+                "DPFA_LEDGER, the server, and that the database's driver is installed"
+            ) from None
+    if not exists:
+        raise PrivacyError(
+            f"there is no ledger at {shown}: name it with --ledger or DPFA_LEDGER; a private run creates one"
         )
 
 
-def _configure_postgresql(cursor: Any) -> None:
-    cursor.execute("SET synchronous_commit TO on")
-
-
-def _assert_postgresql_durable(cursor: Any) -> None:
-    for setting in ("synchronous_commit", "fsync"):
-        value = cursor.execute(f"SHOW {setting}").fetchone()[0]
-        if value != "on":
-            raise PrivacyError(
-                f"ledger: PostgreSQL runs with {setting}={value}, so a step could be lost after its noise was drawn "
-                f"(P21): set {setting}=on on the server"
-            )
-
-
-def _retryable(error: sa.exc.SQLAlchemyError) -> bool:
-    cause = getattr(error, "orig", None)
-    code = getattr(cause, "sqlite_errorcode", None)
-    busy = code is not None and code & 0xFF == sqlite3.SQLITE_BUSY
-    return busy or getattr(cause, "sqlstate", None) in _RETRY_SQLSTATES
-
-
-def _create(connection: sa.Connection) -> str:
-    """Creates what is missing of an empty ledger and returns the secret (64 hex digits)."""
+def _create(connection: sa.Connection) -> tuple[str, bool]:
+    """Creates what is missing of an empty ledger and returns (secret of 64 hex digits, whether it is new)."""
     _metadata.create_all(connection)
     meta = {row.name: row.value for row in connection.execute(sa.select(_meta))}
-    if not meta and _head(connection) == (0, _GENESIS):
-        meta = {"format": _FORMAT, "secret": secrets.token_hex(32)}
-        connection.execute(_meta.insert(), [{"name": name, "value": value} for name, value in meta.items()])
+    is_new = not meta and _head(connection) == (0, _GENESIS)
+    if is_new:
+        meta = _insert_meta(connection, secrets.token_hex(32))
         _append(connection, "", "ledger", {"format": _FORMAT, "secret_sha256": _sha256(meta["secret"])})
     secret = meta.get("secret", "")
     if len(secret) != 64 or not set(secret) <= set("0123456789abcdef"):
@@ -628,20 +847,50 @@ def _create(connection: sa.Connection) -> str:
             f"ledger has format {meta.get('format')!r} and this version of dpfa_hf reads {_FORMAT!r}: "
             "update dpfa_hf, or restore a backup"
         )
-    return secret
+    return secret, is_new
+
+
+def _insert_meta(connection: sa.Connection, secret: str) -> dict[str, str]:
+    meta = {"format": _FORMAT, "secret": secret}
+    connection.execute(_meta.insert(), [{"name": name, "value": value} for name, value in meta.items()])
+    return meta
+
+
+def _last(connection: sa.Connection) -> tuple[int, str, str, str]:
+    """(sequence number, hash, kind, payload) of the last entry."""
+    columns = (_entries.c.seq, _entries.c.hash, _entries.c.kind, _entries.c.payload)
+    last = connection.execute(sa.select(*columns).order_by(_entries.c.seq.desc()).limit(1)).first()
+    return (last.seq, last.hash, last.kind, last.payload) if last else (0, _GENESIS, "", "")
 
 
 def _head(connection: sa.Connection) -> tuple[int, str]:
-    newest = sa.select(_entries.c.seq, _entries.c.hash).order_by(_entries.c.seq.desc()).limit(1)
-    last = connection.execute(newest).first()
-    return (last.seq, last.hash) if last else (0, _GENESIS)
+    return _last(connection)[:2]
+
+
+def _hash_at(connection: sa.Connection, seq: int) -> str | None:
+    if seq == 0:
+        return _GENESIS
+    return connection.execute(sa.select(_entries.c.hash).where(_entries.c.seq == seq)).scalar()
+
+
+def _in_order(connection: sa.Connection) -> Iterator[dict[str, Any]]:
+    """The entries, fetched a few at a time."""
+    entries = sa.select(_entries).order_by(_entries.c.seq).execution_options(yield_per=1000)
+    return ({name: row[name] for name in _ENTRY_TYPES} for row in connection.execute(entries).mappings())
 
 
 def _append(connection: sa.Connection, run: str, kind: str, payload: dict[str, Any]) -> int:
-    last, prev = _head(connection)
+    last, prev, *before = _last(connection)
+    moved_to = _moved_to(*before)
+    if moved_to is not None and kind != "imported":
+        raise PrivacyError(f"this ledger has moved to {moved_to} and is closed: name that one in ledger or DPFA_LEDGER")
     entry = {"seq": last + 1, "run": run, "kind": kind, "payload": _canonical(payload), "prev": prev}
     connection.execute(_entries.insert().values(**entry, hash=_sha256(_canonical(entry))))
     return last + 1
+
+
+def _moved_to(kind: str, payload: str) -> str | None:
+    return str(json.loads(payload)["to"]) if kind == "moved" else None
 
 
 def _declare(connection: sa.Connection, declaration: dict[str, Any]) -> list[float] | None:
@@ -732,47 +981,54 @@ def _record(row: sa.Row[Any]) -> RunRecord:
         ) from None
 
 
-def _problems(connection: sa.Connection, secret: str) -> list[str]:
-    problems: list[str] = []
+def _problems(connection: sa.Connection, secret: str) -> tuple[list[str], _Replay]:
     replay = _Replay(secret)
-    seq, prev = 0, _GENESIS
-    entries = sa.select(_entries).order_by(_entries.c.seq).execution_options(yield_per=1000)
-    for row in connection.execute(entries):
-        if row.seq != seq + 1:
-            problems.append(f"entry {seq + 1} is missing: the next one is {row.seq}")
-        if row.prev != prev:
-            problems.append(f"entry {row.seq} does not follow the entry before it (prev differs)")
-        content = {"seq": row.seq, "run": row.run, "kind": row.kind, "payload": row.payload, "prev": row.prev}
-        if row.hash != _sha256(_canonical(content)):
-            problems.append(f"entry {row.seq} was changed (its hash differs)")
-        try:
-            replay.apply(row.seq, row.run, row.kind, json.loads(row.payload))
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            problems.append(f"entry {row.seq} ({row.kind}) makes no sense where it stands ({error})")
-        seq, prev = row.seq, row.hash
-    if seq == 0:
+    problems = [problem for entry in _in_order(connection) for problem in replay.follow(entry)]
+    if replay.seq == 0:
         problems.append("there are no entries: even the first, written at creation, is missing")
     for table, expected in ((_datasets, replay.datasets), (_runs, replay.runs)):
         key = table.primary_key.columns[0].name
         found = {row[key]: dict(row) for row in connection.execute(sa.select(table)).mappings()}
         wrong = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
         problems += [f"the row of {key} {name} in {table.name} differs from the entries" for name in wrong]
-    return problems + replay.overspent()
+    return problems + replay.overspent(), replay
 
 
 class _Replay:
-    """The summary tables as the entries alone tell them."""
+    """What the entries alone tell: the summary tables, the head, whether a witness is demanded, where the ledger is."""
 
     def __init__(self, secret: str) -> None:
         self.secret = secret
+        self.seq, self.last = 0, _GENESIS
+        self.witnessed = False
+        self.moved_to: str | None = None
         self.runs: dict[str, dict[str, Any]] = {}
         self.datasets: dict[str, dict[str, Any]] = {}
         self.declared: dict[str, dict[str, Any]] = {}
         self.reserved: dict[str, list[dict[str, Any]]] = {}
 
-    def apply(self, seq: int, run: str, kind: str, payload: dict[str, Any]) -> None:
+    def follow(self, entry: Mapping[str, Any]) -> list[str]:
+        """Takes the next entry and returns what is wrong with it."""
+        problems = []
+        seq, kind = entry["seq"], entry["kind"]
+        if seq != self.seq + 1:
+            problems.append(f"entry {self.seq + 1} is missing: the next one is {seq}")
+        if entry["prev"] != self.last:
+            problems.append(f"entry {seq} does not follow the entry before it (prev differs)")
+        if entry["hash"] != _sha256(_canonical({name: entry[name] for name in _ENTRY_TYPES if name != "hash"})):
+            problems.append(f"entry {seq} was changed (its hash differs)")
+        try:
+            self._apply(seq, entry["run"], kind, json.loads(entry["payload"]))
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            problems.append(f"entry {seq} ({kind}) makes no sense where it stands ({error})")
+        self.seq, self.last = seq, entry["hash"]
+        return problems
+
+    def _apply(self, seq: int, run: str, kind: str, payload: dict[str, Any]) -> None:
         if (kind == "ledger") != (seq == 1):
             raise ValueError("the chain begins with its only entry of kind 'ledger'")
+        if (kind == "imported") != (self.moved_to is not None):
+            raise ValueError("a ledger that has moved goes on by being imported, and no other does")
         if kind == "ledger":
             if payload != {"format": _FORMAT, "secret_sha256": _sha256(self.secret)}:
                 raise ValueError("the secret was replaced")
@@ -806,7 +1062,13 @@ class _Replay:
             self.runs[run].update(status="running", session=payload["session"])
         elif kind == "end":
             self.runs[run].update(status=payload["reason"], session=None)
-        else:
+        elif kind == "moved":
+            self.moved_to = str(payload["to"])
+        elif kind == "imported":
+            self.moved_to = None
+        elif kind == "witness":
+            self.witnessed = True
+        elif kind != "restored":
             raise ValueError("the kind is unknown")
 
     def overspent(self) -> list[str]:

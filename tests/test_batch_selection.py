@@ -4,6 +4,7 @@ import itertools
 import math
 import multiprocessing
 import random
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -361,6 +362,42 @@ def test_micro_batch_size_below_one_is_refused() -> None:
 def test_sampler_takes_no_seed() -> None:
     with pytest.raises(TypeError):
         TruncatedPoissonSampler(10, 0.1, 5, seed=0)  # type: ignore[call-arg]
+
+
+def cost_of_a_draw(num_units: int, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """(64-bit words from the operating system, bytes allocated at most), for an expected batch of 100."""
+    source, taken = batch_selection._operating_system_words, []
+
+    def counting(count: int) -> np.ndarray:
+        taken.append(count)
+        return source(count)
+
+    tracemalloc.start()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(batch_selection, "_operating_system_words", counting)
+            for _ in TruncatedPoissonSampler(num_units, 100 / num_units, 200, num_steps=3):
+                pass
+        return sum(taken) // 3, tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def grows_with_the_data_set(monkeypatch: pytest.MonkeyPatch, largest: int) -> bool:
+    costs = [cost_of_a_draw(num_units, monkeypatch) for num_units in (10**3, 10**5, largest)]
+    return any(words > 500 or peak > 100_000 for words, peak in costs)
+
+
+def test_words_and_memory_of_a_draw_do_not_grow_with_the_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not grows_with_the_data_set(monkeypatch, 10**11)
+
+
+def test_mutant_that_asks_every_unit_grows_with_the_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def every_unit(trials: int, probability: float) -> np.ndarray:
+        return np.flatnonzero(batch_selection._operating_system_words(trials) < probability * 2.0**64)
+
+    monkeypatch.setattr(batch_selection, "_bernoulli_successes", every_unit)
+    assert grows_with_the_data_set(monkeypatch, 10**6)
 
 
 # ---- logical batches ------------------------------------------------------------------------------------------------

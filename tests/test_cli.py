@@ -85,7 +85,10 @@ def url(tmp_path: Path) -> str:
 # ---- every command --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [(), ("plan",), ("check",), ("ledger",), ("ledger", "show"), ("ledger", "verify")])
+LEDGER_COMMANDS = ("show", "verify", "export", "import", "backup", "restore", "witness")
+
+
+@pytest.mark.parametrize("command", [(), ("plan",), ("check",), ("ledger",), *(("ledger", c) for c in LEDGER_COMMANDS)])
 def test_help_explains_and_gives_an_example(command: tuple[str, ...]) -> None:
     result = dpfa(*command, "--help")
     assert result.exit_code == 0
@@ -105,6 +108,9 @@ def test_help_explains_and_gives_an_example(command: tuple[str, ...]) -> None:
         ("check", "x", "--task", "poetry"),
         ("check", "x", "--lora", "0"),
         ("ledger", "burn"),
+        ("ledger", "export"),
+        ("ledger", "import"),
+        ("ledger", "restore"),
     ],
 )
 def test_wrong_usage_exits_2(arguments: tuple[str, ...]) -> None:
@@ -339,24 +345,112 @@ def test_ledger_verify_tells_whole_from_broken(url: str, tmp_path: Path) -> None
     assert json.loads(dpfa("ledger", "verify", "--json", "--ledger", url).stdout)["problems"]
 
 
-@pytest.mark.parametrize("command", ["show", "verify"])
-def test_looking_for_a_ledger_never_creates_one(command: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", [("show",), ("verify",), ("export", "x"), ("backup", "x"), ("witness",)])
+def test_looking_for_a_ledger_never_creates_one(
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import sqlite3
 
-    assert "there is no ledger" in refused(dpfa("ledger", command, "--ledger", f"sqlite:///{tmp_path}/none.db"))
+    monkeypatch.chdir(tmp_path)
+    assert "there is no ledger" in refused(dpfa("ledger", *command, "--ledger", f"sqlite:///{tmp_path}/none.db"))
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "empty.db").touch()
-    assert "there is no ledger" in refused(dpfa("ledger", command, "--ledger", f"sqlite:///{tmp_path}/empty.db"))
+    assert "there is no ledger" in refused(dpfa("ledger", *command, "--ledger", f"sqlite:///{tmp_path}/empty.db"))
     assert (tmp_path / "empty.db").stat().st_size == 0
     with sqlite3.connect(tmp_path / "other.db") as connection:
         connection.execute("CREATE TABLE mine (x)")
-    assert "there is no ledger" in refused(dpfa("ledger", command, "--ledger", f"sqlite:///{tmp_path}/other.db"))
+    assert "there is no ledger" in refused(dpfa("ledger", *command, "--ledger", f"sqlite:///{tmp_path}/other.db"))
     with sqlite3.connect(tmp_path / "other.db") as connection:
         assert connection.execute("SELECT name FROM sqlite_master").fetchall() == [("mine",)]
     (tmp_path / "text.db").write_text("not a database, but long enough to look like one " * 40)
-    assert "cannot be read" in refused(dpfa("ledger", command, "--ledger", f"sqlite:///{tmp_path}/text.db"))
+    assert "cannot be read" in refused(dpfa("ledger", *command, "--ledger", f"sqlite:///{tmp_path}/text.db"))
 
 
 def test_no_password_is_printed_when_a_server_is_out_of_reach() -> None:
     line = refused(dpfa("ledger", "show", "--ledger", "postgresql://alice:s3cr3t@127.0.0.1:1/db?sslpassword=s3cr3t"))
     assert "s3cr3t" not in line
+
+
+def test_a_ledger_moves_from_sqlite_to_postgresql_and_the_old_one_closes(
+    url: str, tmp_path: Path, postgresql: Any
+) -> None:
+    server = postgresql.url(postgresql.emptied_database())
+    file = str(tmp_path / "moving.jsonl")
+    before = json.loads(dpfa("ledger", "show", "--json", "--ledger", url).stdout)
+    moved = dpfa("ledger", "export", file, "--to", server, "--ledger", url)
+    assert moved.exit_code == 0 and "closed now" in moved.stdout
+    done = json.loads(dpfa("ledger", "import", file, "--ledger", server, "--json").stdout)
+    assert done["head"] == json.loads(dpfa("ledger", "verify", "--json", "--ledger", server).stdout)["head"]
+    assert json.loads(dpfa("ledger", "show", "--json", "--ledger", server).stdout) == before
+    old = dpfa("ledger", "verify", "--ledger", url)
+    assert old.exit_code == 0 and "It is closed: it moved to postgresql:///ledger" in old.stdout
+    again = refused(dpfa("ledger", "import", file, "--ledger", server))
+    assert "is in use" in again
+    secret = json.loads(Path(file).read_text().splitlines()[0])["secret"]
+    for shown in (moved.output, str(done), old.output, again):
+        assert "hunter2" not in shown and secret not in shown
+
+
+def test_a_backup_is_restored_unless_its_witness_knows_better(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DPFA_LEDGER", url)
+    monkeypatch.setenv("DPFA_LEDGER_WITNESS", f"sqlite:///{tmp_path}/witness.db")
+    assert "cannot be reached" in refused(dpfa("ledger", "verify"))
+    started = dpfa("ledger", "witness")
+    assert started.exit_code == 0 and "is witnessed from entry" in started.stdout
+    assert dpfa("ledger", "backup", str(tmp_path / "old.jsonl")).exit_code == 0
+    with Ledger(url) as ledger:
+        run = ledger.runs()[0].run
+        ledger.resume_run(run, "0" * 64)
+        ledger.charge_step(run, 3)
+    head = json.loads(dpfa("ledger", "backup", str(tmp_path / "new.jsonl"), "--json").stdout)["head"]
+    (tmp_path / "ledger.sqlite3").rename(tmp_path / "lost")
+    for leftover in tmp_path.glob("ledger.sqlite3-*"):
+        leftover.unlink()
+    assert "restore a newer backup" in refused(dpfa("ledger", "restore", str(tmp_path / "old.jsonl")))
+    assert "there is no ledger" in refused(dpfa("ledger", "show"))
+    assert json.loads(dpfa("ledger", "restore", str(tmp_path / "new.jsonl"), "--json").stdout)["head"][0] == head[0] + 1
+    assert json.loads(dpfa("ledger", "show", "--json").stdout)[0]["steps"] == 3
+    assert dpfa("ledger", "verify").exit_code == 0
+    monkeypatch.delenv("DPFA_LEDGER_WITNESS")
+    assert "which was not asked" in dpfa("ledger", "verify").stdout
+
+
+def test_an_export_for_an_auditor_has_no_secret_and_changes_nothing(url: str, tmp_path: Path) -> None:
+    before = dpfa("ledger", "verify", "--ledger", url).stdout
+    assert dpfa("ledger", "export", str(tmp_path / "audit.jsonl"), "--ledger", url).exit_code == 0
+    lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert lines[0]["entries"] == len(lines) - 1 == lines[-1]["seq"] and lines[0]["head"] == lines[-1]["hash"]
+    assert not any("secret" in line for line in lines)
+    assert dpfa("ledger", "verify", "--ledger", url).stdout == before
+    assert "has no secret" in refused(
+        dpfa("ledger", "restore", str(tmp_path / "audit.jsonl"), "--unwitnessed", "--ledger", f"{url}.new")
+    )
+
+
+def test_the_commands_of_the_ledgers_page_run_in_its_order(
+    url: str, tmp_path: Path, postgresql: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "ledger.md").read_text()
+    monkeypatch.setenv("DPFA_LEDGER", url)
+    server = postgresql.url(postgresql.emptied_database())
+    commands = re.findall(r"^    dpfa (.*)$", page, re.MULTILINE)
+    assert {command.split()[1] for command in commands} == set(LEDGER_COMMANDS)
+    for folder in ("mnt/witness", "mnt/backup", "var/lib/dpfa"):
+        (tmp_path / folder).mkdir(parents=True)
+    for command in commands:
+        for said, meant in (
+            ("postgresql://trainer:password@db.example.org/ledger", server),
+            ("/mnt/", f"{tmp_path}/mnt/"),
+            ("/var/", f"{tmp_path}/var/"),
+        ):
+            command = command.replace(said, meant)
+        result = dpfa(*command.split())
+        if " restore " in command:  # the ledger is not lost, and took no harm
+            monkeypatch.setenv("DPFA_LEDGER", f"sqlite:///{tmp_path}/var/lib/dpfa/restored.db")
+        if " witness " in command:
+            monkeypatch.setenv("DPFA_LEDGER_WITNESS", f"sqlite:///{tmp_path}/mnt/witness/witness.db")
+        assert result.exit_code == 0, (command, result.output)
+        if " export " in command and "--to" not in command:
+            assert json.loads((tmp_path / "mnt/backup/audit.jsonl").read_text().splitlines()[0])["entries"]

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
+import json
 import math
 import os
 import random
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -19,6 +22,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from dpfa_hf import database
 from dpfa_hf import ledger as ledger_module
 from dpfa_hf.errors import PrivacyError
 from dpfa_hf.ledger import DatasetRecord, Ledger, RunRecord
@@ -47,9 +51,16 @@ def ask(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
+both = pytest.mark.parametrize("url", ["sqlite", "postgresql"], indirect=True)
+"""What the test says holds on SQLite and on a real PostgreSQL server."""
+
+
 @pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path}/ledger.sqlite3"
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if getattr(request, "param", "sqlite") == "sqlite":
+        return f"sqlite:///{tmp_path}/ledger.sqlite3"
+    server = request.getfixturevalue("postgresql")
+    return server.url(server.emptied_database())
 
 
 @pytest.fixture
@@ -58,12 +69,20 @@ def ledger(url: str) -> Iterator[Ledger]:
         yield opened
 
 
+@contextlib.contextmanager
+def behind_its_back(url: str) -> Iterator[sa.Connection]:
+    """A connection to the ledger's database, which commits at the end."""
+    engine = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
+    with engine.begin() as connection:
+        yield connection
+    engine.dispose()
+
+
 def sql(url: str, *statements: str) -> None:
-    """Edits the file behind the ledger's back."""
-    with contextlib.closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection:
+    """Edits the database behind the ledger's back."""
+    with behind_its_back(url) as connection:
         for statement in statements:
-            assert connection.execute(statement).rowcount != 0, statement
-        connection.commit()
+            assert connection.exec_driver_sql(statement).rowcount != 0, statement
 
 
 def refused(pattern: str) -> Any:
@@ -89,6 +108,7 @@ def child(script: str, *arguments: str, **options: Any) -> subprocess.Popen[str]
 # --- what is recorded -------------------------------------------------------------------------------------------------
 
 
+@both
 def test_a_run_is_recorded_as_asked_and_survives_reopening(url: str, ledger: Ledger) -> None:
     run = ledger.open_run(**ask(budget=(3.0, 1e-5)))
     assert [ledger.charge_step(run, step) for step in (1, 2, 3)] == [1, 2, 3]
@@ -149,6 +169,7 @@ def test_the_file_is_readable_by_its_owner_alone(url: str, ledger: Ledger) -> No
 # --- budgets ----------------------------------------------------------------------------------------------------------
 
 
+@both
 @pytest.mark.parametrize(("epsilon", "limit", "fits"), [(1.0, 3.0, 3), (0.1, 1.0, 10), (0.3, 1.0, 3), (0.7, 2.1, 3)])
 def test_runs_fill_a_budget_exactly_and_never_pass_it(ledger: Ledger, epsilon: float, limit: float, fits: int) -> None:
     for _ in range(fits):
@@ -166,6 +187,7 @@ def test_mutant_float_sums_would_refuse_or_overspend() -> None:
     assert ledger_module._fits([0.1] * 3, 0.3) and not ledger_module._fits([1e16, 1.0], 1e16)
 
 
+@both
 def test_deltas_are_summed_too(ledger: Ledger) -> None:
     for _ in range(3):
         ledger.open_run(**ask(delta=1e-6, budget=(100.0, 3e-6)))
@@ -180,6 +202,7 @@ def test_reported_sums_are_rounded_up() -> None:
     assert ledger_module._sum_rounded_up([1e308] * 3) == math.inf
 
 
+@both
 def test_ending_or_crashing_refunds_nothing(url: str, ledger: Ledger) -> None:
     run = ledger.open_run(**ask(epsilon=2.0, budget=(3.0, 1e-5)))
     ledger.charge_step(run, 1)
@@ -191,6 +214,7 @@ def test_ending_or_crashing_refunds_nothing(url: str, ledger: Ledger) -> None:
         ledger.open_run(**ask(epsilon=1e-9))
 
 
+@both
 def test_a_refused_run_leaves_no_trace(ledger: Ledger) -> None:
     before = ledger.head()
     with refused("epsilon"):
@@ -198,6 +222,7 @@ def test_a_refused_run_leaves_no_trace(ledger: Ledger) -> None:
     assert ledger.head() == before and ledger.runs() == [] and ledger.datasets() == []
 
 
+@both
 @pytest.mark.parametrize("change", [{"privacy_unit": "user"}, {"adjacency": "replace_one"}, {"budget": (3.5, 1e-5)}])
 def test_unit_adjacency_and_budget_are_fixed_for_a_data_set(ledger: Ledger, change: dict[str, Any]) -> None:
     ledger.open_run(**ask(budget=(3.0, 1e-5)))
@@ -208,6 +233,7 @@ def test_unit_adjacency_and_budget_are_fixed_for_a_data_set(ledger: Ledger, chan
     assert len(ledger.runs()) == 2
 
 
+@both
 def test_a_budget_given_late_counts_earlier_runs_and_then_binds(ledger: Ledger) -> None:
     for _ in range(3):
         ledger.open_run(**ask())
@@ -222,6 +248,7 @@ def test_a_budget_given_late_counts_earlier_runs_and_then_binds(ledger: Ledger) 
         ledger.open_run(**ask(epsilon=0.5))
 
 
+@both
 def test_infinite_epsilon_is_refused_where_there_is_a_budget(ledger: Ledger) -> None:
     ledger.open_run(**ask(epsilon=math.inf))
     with refused("epsilon"):
@@ -249,6 +276,7 @@ with Ledger(sys.argv[1]) as ledger:
 """
 
 
+@both
 @pytest.mark.parametrize(("kind", "winners", "rounds"), [("sound", 1, 12), ("mutant", 2, 1)])
 def test_of_two_processes_racing_for_the_last_of_a_budget_one_wins(
     url: str, kind: str, winners: int, rounds: int
@@ -274,6 +302,7 @@ def test_of_two_processes_racing_for_the_last_of_a_budget_one_wins(
 # --- steps ------------------------------------------------------------------------------------------------------------
 
 
+@both
 def test_steps_are_charged_once_in_order_and_never_past_the_plan(ledger: Ledger) -> None:
     run = ledger.open_run(**ask(max_steps=2))
     for wrong in (2, 3):
@@ -289,6 +318,7 @@ def test_steps_are_charged_once_in_order_and_never_past_the_plan(ledger: Ledger)
     assert ledger.run(run).steps == 2 and ledger.verify() == []
 
 
+@both
 def test_an_ended_run_is_not_charged_until_it_is_resumed(url: str, ledger: Ledger) -> None:
     run = ledger.open_run(**ask())
     ledger.charge_step(run, 1)
@@ -303,6 +333,7 @@ def test_an_ended_run_is_not_charged_until_it_is_resumed(url: str, ledger: Ledge
     assert ledger.charge_step(run, 2) == 2 and ledger.verify() == []
 
 
+@both
 def test_a_zombie_is_refused_once_its_run_was_resumed_elsewhere(url: str, ledger: Ledger) -> None:
     run = ledger.open_run(**ask())
     ledger.charge_step(run, 1)
@@ -322,6 +353,7 @@ def test_a_zombie_is_refused_once_its_run_was_resumed_elsewhere(url: str, ledger
     assert ledger.run(run).steps == 2 and ledger.verify() == []
 
 
+@both
 def test_resuming_refuses_a_changed_plan_and_an_unknown_run(ledger: Ledger) -> None:
     run = ledger.open_run(**ask())
     before = ledger.head()
@@ -394,6 +426,7 @@ def kill_after(url: str, run: str, order: str, lines: int, pause: float) -> int:
         return int(([drawn] + process.stdout.read().splitlines())[-1].split()[1])
 
 
+@both
 def test_no_kill_loses_a_step_whose_noise_may_have_been_drawn(url: str, ledger: Ledger) -> None:
     run = ledger.open_run(**ask(max_steps=10**6))
     clock = random.Random(7)
@@ -454,7 +487,7 @@ def test_a_failing_commit_charges_nothing(ledger: Ledger) -> None:
 
 
 def test_a_locked_ledger_is_refused_after_patience(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger_module, "_PATIENCE_S", 0.05)
+    monkeypatch.setattr(database, "_PATIENCE_S", 0.05)
     with Ledger(url) as ledger, contextlib.closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as holder:
         run = ledger.open_run(**ask())
         holder.execute("BEGIN IMMEDIATE")
@@ -488,6 +521,7 @@ def test_a_step_costs_the_same_work_however_many_came_before(ledger: Ledger) -> 
     assert early > 20 and work(200) <= early + 5
 
 
+@both
 def test_runs_of_one_ledger_are_charged_side_by_side(url: str) -> None:
     with Ledger(url) as ledger:
         runs = [ledger.open_run(**ask(max_steps=15, dataset=f"set {index}")) for index in range(4)]
@@ -519,6 +553,7 @@ with Ledger(sys.argv[1]) as ledger:
 """
 
 
+@both
 def test_processes_that_create_a_ledger_at_once_share_one_secret(url: str) -> None:
     with contextlib.ExitStack() as stack:
         creators = [stack.enter_context(child(CREATOR, url)) for _ in range(3)]
@@ -561,7 +596,7 @@ def test_mutant_pragmas_are_refused_on_connecting(url: str, monkeypatch: pytest.
         for pragma in mutant.split("; "):
             cursor.execute(f"PRAGMA {pragma}").fetchall()
 
-    monkeypatch.setattr(ledger_module, "_configure_sqlite", configure)
+    monkeypatch.setattr(database, "_configure_sqlite", configure)
     with refused("synchronous=.*P21") as error:
         Ledger(url)
     one_line(error)
@@ -574,8 +609,8 @@ def test_without_wal_the_rollback_journal_is_used_with_extra_synchronous(tmp_pat
 
     with contextlib.closing(sqlite3.connect(tmp_path / "x")) as connection:
         cursor = connection.cursor(NoSharedMemory)
-        ledger_module._configure_sqlite(cursor)
-        ledger_module._assert_sqlite_durable(cursor)
+        database._configure_sqlite(cursor)
+        database._assert_sqlite_durable(cursor)
         assert cursor.execute("PRAGMA synchronous").fetchone() == (3,)
 
 
@@ -590,7 +625,7 @@ def test_postgresql_without_durable_commits_is_refused(setting: str) -> None:
             return (self.value,)
 
     with refused(f"{setting}=off.*P21"):
-        ledger_module._assert_postgresql_durable(Server())
+        database._assert_postgresql_durable(Server())
 
 
 # --- verification -----------------------------------------------------------------------------------------------------
@@ -641,6 +676,7 @@ def chain(url: str) -> str:
     return url
 
 
+@both
 @pytest.mark.parametrize("tampering", TAMPERINGS)
 def test_verify_finds_every_tampering_and_no_run_starts_on_it(chain: str, tampering: str) -> None:
     sql(chain, *TAMPERINGS[tampering])
@@ -666,17 +702,18 @@ def test_verify_finds_a_step_moved_to_another_run(url: str) -> None:
 
 def rehash(url: str) -> None:
     """An attacker who recomputes the chain of hashes."""
-    with contextlib.closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection:
+    with behind_its_back(url) as connection:
         prev = "0" * 64
-        rows = connection.execute("SELECT seq, run, kind, payload FROM dpfa_entries ORDER BY seq").fetchall()
+        rows = connection.exec_driver_sql("SELECT seq, run, kind, payload FROM dpfa_entries ORDER BY seq").fetchall()
         for seq, run, kind, payload in rows:
             entry = {"seq": seq, "run": run, "kind": kind, "payload": payload, "prev": prev}
             digest = ledger_module._sha256(ledger_module._canonical(entry))
-            connection.execute("UPDATE dpfa_entries SET prev = ?, hash = ? WHERE seq = ?", (prev, digest, seq))
+            update = sa.text("UPDATE dpfa_entries SET prev = :prev, hash = :hash WHERE seq = :seq")
+            connection.execute(update, {"prev": prev, "hash": digest, "seq": seq})
             prev = digest
-        connection.commit()
 
 
+@both
 @pytest.mark.parametrize(
     "tampering",
     [
@@ -697,13 +734,15 @@ def test_a_rehashed_chain_must_still_add_up(chain: str, tampering: str) -> None:
 
 def test_only_the_head_kept_elsewhere_shows_an_old_copy(tmp_path: Path, chain: str) -> None:
     copy = f"sqlite:///{tmp_path}/copy.sqlite3"
-    sql(chain, f"VACUUM INTO '{tmp_path}/copy.sqlite3'")
+    with contextlib.closing(sqlite3.connect(chain.removeprefix("sqlite:///"))) as connection:
+        connection.execute(f"VACUUM INTO '{tmp_path}/copy.sqlite3'")
     with Ledger(chain) as ledger, Ledger(copy) as old:
         assert old.head() == ledger.head()
         ledger.charge_step(ledger.resume_run(ledger.runs()[0].run, "a" * 64).run, 4)
         assert old.verify() == [] and ledger.head()[0] == 9 > old.head()[0] and ledger.head()[1] != old.head()[1]
 
 
+@both
 def test_mutant_ledgers_that_forget_to_write_are_found_by_verify(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -720,8 +759,8 @@ def test_mutant_ledgers_that_forget_to_write_are_found_by_verify(
 
 def test_mutant_ledger_without_links_is_found_by_verify(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     run = ledger.open_run(**ask())
-    head = ledger_module._head
-    monkeypatch.setattr(ledger_module, "_head", lambda connection: (head(connection)[0], "0" * 64))
+    last = ledger_module._last
+    monkeypatch.setattr(ledger_module, "_last", lambda connection: (last(connection)[0], "0" * 64, "", ""))
     ledger.charge_step(run, 1)
     assert ledger.verify()
 
@@ -919,3 +958,719 @@ def test_the_ledger_loads_neither_torch_nor_transformers() -> None:
     with child("import sys, dpfa_hf.ledger; print(*sys.modules)") as process:
         loaded = process.communicate(timeout=60)[0].split()
     assert "dpfa_hf.ledger" in loaded and not {"torch", "transformers", "dp_accounting", "numpy"} & set(loaded)
+
+
+# --- a server that fails ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server_url(postgresql: Any) -> str:
+    return postgresql.url(postgresql.emptied_database())
+
+
+def database_of(url: str) -> str:
+    return str(sa.make_url(url).database)
+
+
+def test_a_killed_server_refuses_the_next_step_and_refunds_none(postgresql: Any, server_url: str) -> None:
+    with Ledger(server_url) as ledger:
+        run = ledger.open_run(**ask(budget=(1.0, 1e-5)))
+        assert [ledger.charge_step(run, step) for step in (1, 2)] == [1, 2]
+        postgresql.kill()
+        try:
+            with refused("check that the server is reachable") as error:
+                ledger.charge_step(run, 3)
+            assert "hunter2" not in one_line(error)
+        finally:
+            postgresql.start()
+        assert ledger.run(run).steps == 2 and ledger.verify() == []
+        assert ledger.charge_step(run, 3) == 3
+        with refused("does not fit"):
+            ledger.open_run(**ask(epsilon=1e-9))
+
+
+def test_a_server_killed_in_mid_step_loses_no_step_whose_noise_may_have_been_drawn(
+    postgresql: Any, server_url: str
+) -> None:
+    with Ledger(server_url) as ledger:
+        run = ledger.open_run(**ask(max_steps=10**6))
+    with child(CHARGER, server_url, run, "charge first", stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        lines = [process.stdout.readline() for _ in range(20)]
+        postgresql.kill()
+        try:
+            rest, errors = process.communicate(timeout=30)
+        finally:
+            postgresql.start()
+    drawn = int((lines + rest.splitlines())[-1].split()[1])
+    assert process.returncode == 1 and errors.rstrip().splitlines()[-1].startswith("dpfa_hf.errors.PrivacyError: ")
+    with Ledger(server_url) as ledger:
+        assert drawn <= ledger.run(run).steps <= drawn + 1 and ledger.verify() == []
+
+
+@pytest.mark.parametrize(
+    ("change", "pattern"),
+    [({"folder": "nowhere"}, "No such file"), ({"password": "hunter3"}, "password authentication failed")],
+)
+def test_a_server_out_of_reach_is_refused_in_one_line_without_the_password(
+    postgresql: Any, change: dict[str, str], pattern: str
+) -> None:
+    with refused(pattern) as error:
+        Ledger(postgresql.url("postgres", **change))
+    assert "hunter" not in one_line(error) and error.value.__suppress_context__
+
+
+def test_a_dropped_connection_is_replaced_and_the_step_counts_once(postgresql: Any, server_url: str) -> None:
+    with Ledger(server_url) as ledger:
+        run = ledger.open_run(**ask())
+        for step in (1, 2, 3):
+            assert postgresql.drop_connections(database_of(server_url)) == 1
+            assert ledger.charge_step(run, step) == step
+        assert ledger.run(run).steps == 3 and ledger.verify() == []
+
+
+@pytest.mark.parametrize(("committed", "charged"), [(False, 0), (True, 1)])
+def test_a_connection_dropped_in_mid_commit_refuses_the_step_and_counts_it_at_most_once(
+    postgresql: Any, server_url: str, committed: bool, charged: int
+) -> None:
+    def drop(connection: sa.Connection) -> None:
+        if committed:
+            connection.connection.dbapi_connection.commit()  # type: ignore[union-attr]
+            lost = OSError("server closed the connection unexpectedly")
+            raise sa.exc.OperationalError("COMMIT", None, lost)  # the answer is lost on its way
+        postgresql.drop_connections(database_of(server_url))
+
+    with Ledger(server_url) as ledger:
+        run = ledger.open_run(**ask())
+        sa.event.listen(ledger._engine, "commit", drop)
+        with refused("check that the server is reachable") as error:
+            ledger.charge_step(run, 1)
+        one_line(error)
+        sa.event.remove(ledger._engine, "commit", drop)
+        if committed:
+            with refused("not the next one, 2: .*resume_run"):
+                ledger.charge_step(run, 1)
+        assert ledger.resume_run(run, "a" * 64).steps == charged
+        assert ledger.charge_step(run, charged + 1) == charged + 1 and ledger.verify() == []
+
+
+@both
+def test_a_ledger_that_can_no_longer_be_written_refuses_the_next_step(request: pytest.FixtureRequest, url: str) -> None:
+    with Ledger(url) as ledger:
+        run = ledger.open_run(**ask(max_steps=10**6))
+        ledger.charge_step(run, 1)
+        if url.startswith("sqlite"):
+            raw = ledger._engine.raw_connection()
+            raw.cursor().execute("PRAGMA max_page_count = 1")  # as a full disk: no page may be added
+            raw.close()
+        else:
+            server = request.getfixturevalue("postgresql")
+            server.execute(f"ALTER DATABASE {database_of(url)} SET default_transaction_read_only = on")
+            server.drop_connections(database_of(url))
+        step = 1
+        with refused("database or disk is full|read-only transaction") as error:
+            for step in range(2, 1000):
+                ledger.charge_step(run, step)
+        one_line(error)
+        if not url.startswith("sqlite"):
+            server.execute(f"ALTER DATABASE {database_of(url)} RESET default_transaction_read_only")
+            server.drop_connections(database_of(url))
+    with Ledger(url) as ledger:
+        assert ledger.resume_run(run, "a" * 64).steps == step - 1 and ledger.verify() == []
+        assert ledger.charge_step(run, step) == step
+
+
+def test_commits_are_synchronous_whatever_the_server_was_told(postgresql: Any, server_url: str) -> None:
+    name = database_of(server_url)
+    postgresql.execute(f"ALTER DATABASE {name} SET synchronous_commit = off")
+    found = []
+    try:
+        assert postgresql.execute("SHOW synchronous_commit", name) == [("off",)]
+        with Ledger(server_url) as ledger:
+            run = ledger.open_run(**ask())
+            raw = ledger._engine.raw_connection()
+            raw.cursor().execute("SET synchronous_commit TO off")  # a pooler that mixes up sessions
+            raw.driver_connection.commit()  # type: ignore[union-attr]
+            raw.close()
+
+            def look(connection: sa.Connection) -> None:
+                found.append(connection.exec_driver_sql("SHOW synchronous_commit").scalar())
+
+            sa.event.listen(ledger._engine, "commit", look)
+            ledger.charge_step(run, 1)
+    finally:
+        postgresql.execute(f"ALTER DATABASE {name} RESET synchronous_commit")
+    assert found == ["on"]
+
+
+@pytest.mark.parametrize("setting", ["synchronous_commit", "fsync"])
+def test_mutant_server_without_durable_commits_is_refused(
+    postgresql: Any, server_url: str, monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    monkeypatch.setattr(database, "_configure_postgresql", lambda cursor: None)
+    for statement in (f"ALTER SYSTEM SET {setting} = off", "SELECT pg_reload_conf()"):
+        postgresql.execute(statement)
+    try:
+        with refused(f"{setting}=off.*P21") as error:
+            for _ in range(100):  # the reload takes a moment
+                Ledger(server_url).close()
+                time.sleep(0.02)
+        one_line(error)
+    finally:
+        for statement in (f"ALTER SYSTEM RESET {setting}", "SELECT pg_reload_conf()"):
+            postgresql.execute(statement)
+
+
+def test_a_locked_table_is_refused_after_patience(server_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "_PATIENCE_S", 0.05)
+    with Ledger(server_url) as ledger:
+        run = ledger.open_run(**ask())
+        with behind_its_back(server_url) as holder:
+            holder.exec_driver_sql("LOCK TABLE dpfa_entries IN EXCLUSIVE MODE")
+            with refused("lock timeout") as error:
+                ledger.charge_step(run, 1)
+            one_line(error)
+        assert ledger.charge_step(run, 1) == 1
+
+
+# --- witness ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def witness(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/elsewhere.sqlite3"
+    server = request.getfixturevalue("postgresql")
+    return server.url(server.emptied_database())
+
+
+@pytest.fixture
+def near(tmp_path: Path) -> str:
+    """A witness for tests in which it does not matter where it is."""
+    return f"sqlite:///{tmp_path}/elsewhere.sqlite3"
+
+
+def put_back(url: str, copy: Path) -> None:
+    """What a restored disk does: an older state of the file, under the same name."""
+    path = Path(url.removeprefix("sqlite:///"))
+    for leftover in path.parent.glob(path.name + "*"):
+        leftover.unlink()
+    copy.rename(path)
+
+
+def copied(url: str, copy: Path) -> Path:
+    with contextlib.closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection:
+        connection.execute(f"VACUUM INTO '{copy}'")
+    return copy
+
+
+def stale(url: str, witness: str, copy: Path) -> str:
+    """A ledger put back to before its budget was used up, and a run that it still knows."""
+    with Ledger(url, witness=witness) as ledger:
+        run = ledger.open_run(**ask(budget=(2.0, 1e-5)))
+        ledger.charge_step(run, 1)
+        copied(url, copy)
+        ledger.open_run(**ask())
+    put_back(url, copy)
+    return run
+
+
+def served(url: str, witness: str, run: str) -> list[str]:
+    """What a ledger lets itself be used for."""
+    uses = {
+        "open": lambda ledger: ledger.open_run(**ask()),
+        "resume": lambda ledger: ledger.resume_run(run, "a" * 64),
+        "back up": lambda ledger: ledger.backup(Path(url.removeprefix("sqlite:///") + ".backup")),
+        "witness": lambda ledger: ledger.start_witness(),
+        "move": lambda ledger: ledger.export(Path(url.removeprefix("sqlite:///") + ".move"), to="sqlite:////x"),
+    }
+    done = []
+    for name, use in uses.items():
+        with Ledger(url, witness=witness) as ledger:
+            try:
+                use(ledger)
+                done.append(name)
+            except PrivacyError as error:
+                assert "its witness has seen" in str(error) and "newer backup" in str(error)
+    return done
+
+
+def test_a_ledger_older_than_its_witness_refuses_to_serve(url: str, witness: str, tmp_path: Path) -> None:
+    run = stale(url, witness, tmp_path / "copy")
+    assert served(url, witness, run) == []
+    with Ledger(url, witness=witness) as ledger:
+        assert ledger.run(run).steps == 1  # looking is allowed
+        (problem,) = ledger.verify()
+        assert "older copy" in problem and ledger.head()[0] == 5
+
+
+def test_mutant_that_ignores_its_witness_spends_a_budget_twice(
+    url: str, near: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = stale(url, near, tmp_path / "copy")
+    monkeypatch.setattr(Ledger, "_losses", lambda self, connection, seen: [])
+    assert "open" in served(url, near, run)
+
+
+def test_a_running_process_whose_ledger_was_put_back_may_charge_no_more(url: str, near: str, tmp_path: Path) -> None:
+    with Ledger(url, witness=near) as ledger:
+        run = ledger.open_run(**ask())
+        with Ledger(url, witness=near) as other:
+            other.open_run(**ask(dataset="another"))
+        sql(url, "DELETE FROM dpfa_entries WHERE seq >= 5", "DELETE FROM dpfa_datasets WHERE entry >= 5")
+        with refused("its witness has seen an entry 6 that it lacks"):
+            ledger.charge_step(run, 1)
+        assert ledger.run(run).steps == 0
+
+
+def test_of_two_live_copies_the_witness_lets_one_go_on(url: str, near: str, tmp_path: Path) -> None:
+    with Ledger(url, witness=near) as ledger:
+        run = ledger.open_run(**ask())
+        copied(url, tmp_path / "copy")
+        ledger.charge_step(run, 1)
+        with Ledger(f"sqlite:///{tmp_path}/copy", witness=near) as copy:
+            for longer in range(2):
+                with refused("another branch"):
+                    copy.resume_run(run, "a" * 64)
+                monkey = pytest.MonkeyPatch()
+                monkey.setattr(Ledger, "_losses", lambda self, connection, seen: [])
+                copy.resume_run(run, "a" * 64)  # a copy that was written without its witness, and is longer now
+                monkey.undo()
+                assert copy.head()[0] == 5 + longer
+        with refused("another branch"):  # the copy has told the witness, and the first one finds out
+            ledger.charge_step(run, 2)
+
+
+def test_the_step_that_the_witness_cannot_be_told_draws_no_noise_and_counts(
+    url: str, near: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Ledger(url, witness=near) as ledger:
+        run = ledger.open_run(**ask())
+        full = sqlite3.OperationalError("database or disk is full")
+
+        def fail(_: sa.Connection) -> None:
+            raise sa.exc.OperationalError("COMMIT", None, full)
+
+        assert ledger._witness is not None
+        sa.event.listen(ledger._witness._engine, "commit", fail)
+        with refused("^witness sqlite:.* is full"):
+            ledger.charge_step(run, 1)
+        sa.event.remove(ledger._witness._engine, "commit", fail)
+    with Ledger(url, witness=near) as ledger:
+        assert ledger.resume_run(run, "a" * 64).steps in (0, 1) and ledger.verify() == []
+
+
+def test_a_ledger_ahead_of_its_witness_is_sound(url: str, near: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Ledger(url, witness=near) as ledger:
+        run = ledger.open_run(**ask())
+        with monkeypatch.context() as crash:
+            crash.setattr(ledger_module._Witness, "advance", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                ledger.charge_step(run, 1)
+    with Ledger(url, witness=near) as ledger:
+        assert ledger.verify() == [] and ledger.resume_run(run, "a" * 64).steps == 1
+        assert ledger.charge_step(run, 2) == 2
+        assert ledger._opened_witness().head(ledger._id) == ledger.head()
+
+
+def test_a_witnessed_ledger_is_refused_without_its_witness(url: str, near: str, tmp_path: Path) -> None:
+    with Ledger(url, witness=near) as ledger:
+        run = ledger.open_run(**ask())
+    with Ledger(url) as ledger:
+        for use in (lambda: ledger.open_run(**ask()), lambda: ledger.resume_run(run, "a" * 64)):
+            with refused("has a witness, which was not asked.*DPFA_LEDGER_WITNESS") as error:
+                use()
+            one_line(error)
+    with Ledger(url, witness=f"sqlite:///{tmp_path}/absent.sqlite3") as ledger, refused("cannot be reached"):
+        ledger.open_run(**ask())
+    Path(near.removeprefix("sqlite:///")).rename(tmp_path / "lost")
+    with Ledger(url, witness=near) as ledger:
+        with refused("cannot be reached"):
+            ledger.resume_run(run, "a" * 64)
+        assert not Path(near.removeprefix("sqlite:///")).exists()
+        ledger.start_witness()
+        assert ledger.resume_run(run, "a" * 64).steps == 0 and ledger.verify() == []
+
+
+def test_a_witness_lost_in_mid_run_stops_it_before_the_step_counts(url: str, near: str, tmp_path: Path) -> None:
+    with Ledger(url, witness=near) as ledger:
+        run = ledger.open_run(**ask())
+        Path(near.removeprefix("sqlite:///")).rename(tmp_path / "lost")
+        with refused("file of witness .* was moved"):
+            ledger.charge_step(run, 1)
+        assert ledger.run(run).steps == 0
+
+
+def test_a_ledger_that_exists_gets_a_witness_on_demand_only(
+    url: str, near: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Ledger(url) as ledger:
+        run = ledger.open_run(**ask())
+        with refused("witness is not set"):
+            ledger.start_witness()
+    monkeypatch.setenv("DPFA_LEDGER_WITNESS", near)
+    with Ledger(f"{url}.other") as other, Ledger(url) as ledger:
+        other.open_run(**ask())
+        with refused("does not know ledger.*`dpfa ledger witness`") as error:
+            ledger.resume_run(run, "a" * 64)
+        one_line(error)
+        ledger.start_witness()
+        ledger.start_witness()
+        assert ledger.resume_run(run, "a" * 64).steps == 0 and ledger.verify() == [] == other.verify()
+
+
+def lose(url: str) -> None:
+    path = Path(url.removeprefix("sqlite:///"))
+    for file in path.parent.glob(path.name + "*"):
+        file.unlink()
+
+
+def test_no_fresh_ledger_is_created_in_the_place_of_a_lost_one(url: str, witness: str, tmp_path: Path) -> None:
+    with Ledger(url, witness=witness) as ledger:
+        run = ledger.open_run(**ask(epsilon=1.0, budget=(1.0, 1e-5)))
+        ledger.backup(tmp_path / "backup")
+        with Ledger(f"{url}.other", witness=witness) as other:  # data of other people
+            assert other.open_run(**ask())
+    lose(url)
+    for _ in range(2):
+        with refused("has seen another ledger at .* not mounted: restore it") as error:
+            Ledger(url, witness=witness)
+        assert "hunter2" not in one_line(error)
+    with ledger_module.restore_ledger(tmp_path / "backup", url, witness=witness) as ledger:
+        assert ledger.resume_run(run, "a" * 64).steps == 0
+        with refused("does not fit"):
+            ledger.open_run(**ask())
+    with Ledger(url, witness=witness) as ledger:
+        assert ledger.verify() == []
+
+
+def test_mutant_witness_that_forgets_places_lets_a_budget_be_spent_twice(
+    url: str, near: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Ledger(url, witness=near) as ledger:
+        ledger.open_run(**ask(budget=(1.0, 1e-5)))
+    lose(url)
+    begin = ledger_module._Witness.begin
+    monkeypatch.setattr(ledger_module._Witness, "begin", lambda self, ledger, place: begin(self, ledger, ledger))
+    with Ledger(url, witness=near) as ledger:
+        assert ledger.open_run(**ask(budget=(1.0, 1e-5)))
+
+
+def test_a_creation_that_failed_can_be_repeated(url: str, near: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    append = ledger_module._append
+    with monkeypatch.context() as crash:
+        crash.setattr(ledger_module, "_append", lambda *entry: 1 / 0 if entry[2] == "witness" else append(*entry))
+        with pytest.raises(ZeroDivisionError):
+            Ledger(url, witness=near)
+    with Ledger(url, witness=near) as ledger:
+        assert ledger.open_run(**ask()) and ledger.verify() == []
+        assert ledger._opened_witness().head(ledger._id) == ledger.head()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "pattern"),
+    [("mysql://u:hunter2@h/d", "witness has the scheme"), ("sqlite://", "in memory"), (None, "own database")],
+)
+def test_bad_witnesses_are_refused(url: str, wrong: str | None, pattern: str, tmp_path: Path) -> None:
+    with refused(pattern) as error:
+        Ledger(url, witness=wrong or url)
+    assert "hunter2" not in one_line(error)
+
+
+def test_writers_that_race_leave_the_witness_at_the_latest_entry(url: str, near: str) -> None:
+    with Ledger(url, witness=near) as ledger:
+        runs = [ledger.open_run(**ask(max_steps=10)) for _ in range(3)]
+        failures: list[Exception] = []
+
+        def train(run: str) -> None:
+            try:
+                with Ledger(url, witness=near) as own:
+                    own.resume_run(run, "a" * 64)
+                    for step in range(1, 11):
+                        own.charge_step(run, step)
+            except Exception as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=train, args=(run,)) for run in runs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failures == [] and ledger.verify() == []
+        assert ledger._opened_witness().head(ledger._id) == ledger.head()
+
+
+# --- moves and backups ------------------------------------------------------------------------------------------------
+
+
+def place_for(kind: str, request: pytest.FixtureRequest, tmp_path: Path, name: str) -> str:
+    if kind == "sqlite":
+        return f"sqlite:///{tmp_path}/{name}.sqlite3"
+    server = request.getfixturevalue("postgresql")
+    return server.url(server.new_database() if name == "new" else server.emptied_database())
+
+
+def spent(url: str, witness: str | None = None) -> str:
+    """A ledger with a budget that is used up, and an unfinished run; returns the run."""
+    with Ledger(url, witness=witness) as ledger:
+        ledger.open_run(**ask(dataset="exhausted", epsilon=1.0, budget=(1.0, 1e-5)))
+        run = ledger.open_run(**ask(epsilon=math.inf))
+        for step in (1, 2, 3):
+            ledger.charge_step(run, step)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("sqlite", "postgresql"), ("postgresql", "sqlite"), ("postgresql", "postgresql")]
+)
+def test_a_moved_ledger_goes_on_in_the_new_place_alone(
+    request: pytest.FixtureRequest, tmp_path: Path, before: str, after: str
+) -> None:
+    old, new = place_for(before, request, tmp_path, "old"), place_for(after, request, tmp_path, "new")
+    file = tmp_path / "moving.jsonl"
+    run = spent(old)
+    with Ledger(old) as source:
+        source.resume_run(run, "a" * 64)
+        head = source.export(file, to=new)
+        assert head == source.head() and file.stat().st_mode & 0o777 == 0o600
+        with ledger_module.import_ledger(file, new) as ledger:
+            assert ledger.fingerprint(b"rows") == source.fingerprint(b"rows")
+            assert (ledger.runs(), ledger.datasets()) == (source.runs(), source.datasets())
+            assert ledger.verify() == [] == source.verify() and ledger.head()[0] == head[0] + 1
+            with refused("does not fit"):
+                ledger.open_run(**ask(dataset="exhausted", epsilon=1e-9))
+            assert ledger.resume_run(run, "a" * 64).steps == 3 and ledger.charge_step(run, 4) == 4
+        for use in (
+            lambda: source.charge_step(run, 4),
+            lambda: source.open_run(**ask()),
+            lambda: source.resume_run(run, "a" * 64),
+            lambda: source.end_run(run, "over"),
+            lambda: source.export(tmp_path / "again", to="sqlite:////elsewhere"),
+        ):
+            with refused("has moved to .* and is closed") as error:
+                use()
+            assert "hunter2" not in one_line(error)
+        assert source.head() == head and source.run(run).steps == 3
+        assert source.moved_to() is not None and not (tmp_path / "again").exists()
+    with refused("is in use"):
+        ledger_module.import_ledger(file, new)
+
+
+def test_mutant_moved_ledger_that_stays_open_spends_the_budget_twice(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Ledger(url) as source:
+        source.open_run(**ask(budget=(2.0, 1e-5)))
+        source.export(tmp_path / "file", to=f"sqlite:///{tmp_path}/new")
+        monkeypatch.setattr(ledger_module, "_moved_to", lambda kind, payload: None)
+        with ledger_module.import_ledger(tmp_path / "file", f"sqlite:///{tmp_path}/new") as ledger:
+            assert len({source.open_run(**ask()), ledger.open_run(**ask())}) == 2
+        assert source.verify()
+
+
+def test_a_file_is_imported_where_it_was_moved_to_and_nowhere_else(url: str, tmp_path: Path) -> None:
+    run = spent(url)
+    new = f"sqlite:///{tmp_path}/new.sqlite3"
+    with Ledger(url) as ledger:
+        ledger.export(tmp_path / "audit")
+        ledger.backup(tmp_path / "backup")
+        ledger.export(tmp_path / "move", to=new)
+        with refused("File exists"):
+            ledger.export(tmp_path / "move", to=new)
+        ledger.export(tmp_path / "move again", to=new)
+        assert ledger._secret not in (tmp_path / "audit").read_text()
+    assert (tmp_path / "move").read_bytes() == (tmp_path / "move again").read_bytes()
+    for file, place, pattern in (
+        ("audit", new, "has no secret"),
+        ("backup", new, "still in use"),
+        ("move", f"{new}.other", "moved to"),
+        ("absent", new, "cannot be read"),
+        ("", new, "cannot be read"),
+    ):
+        with refused(pattern) as error:
+            ledger_module.import_ledger(tmp_path / file, place)
+        one_line(error)
+    with refused("moved to"):
+        ledger_module.restore_ledger(tmp_path / "move", new, unwitnessed=True)
+    assert not (tmp_path / "new.sqlite3").exists()
+    with Ledger(f"{new}.used") as used:
+        before = used.head()
+        with refused("is in use"):
+            ledger_module.restore_ledger(tmp_path / "backup", f"{new}.used", unwitnessed=True)
+        assert used.head() == before
+    with ledger_module.import_ledger(tmp_path / "move", new) as ledger:
+        assert ledger.run(run).steps == 3
+
+
+def test_a_file_that_cannot_be_written_leaves_neither_file_nor_closed_ledger(url: str, tmp_path: Path) -> None:
+    run = spent(url)
+    with Ledger(url) as ledger:
+        for path in (tmp_path / "no" / "folder", tmp_path):
+            with refused("cannot be created"):
+                ledger.export(path, to="sqlite:////x")
+        assert ledger.moved_to() is None and ledger.resume_run(run, "a" * 64).steps == 3
+        (tmp_path / "full").symlink_to("/dev/full")
+        with refused("File exists"):
+            ledger.backup(tmp_path / "full")
+
+
+def test_a_move_keeps_its_witness(url: str, near: str, tmp_path: Path) -> None:
+    run = spent(url, near)
+    new, file = f"sqlite:///{tmp_path}/new.sqlite3", tmp_path / "file"
+    with Ledger(url, witness=near) as ledger:
+        ledger.export(file, to=new)
+    with refused("with a witness: name it"):
+        ledger_module.import_ledger(file, new)
+    assert not (tmp_path / "new.sqlite3").exists()
+    with ledger_module.import_ledger(file, new, witness=near) as ledger:
+        ledger.resume_run(run, "a" * 64)
+        assert ledger.verify() == [] and ledger._opened_witness().head(ledger._id) == ledger.head()
+    (tmp_path / "new.sqlite3").rename(tmp_path / "taken away")
+    with refused("its witness has seen an entry"):
+        ledger_module.import_ledger(file, new, witness=near)
+
+
+def test_a_backup_older_than_the_witness_is_not_restored(url: str, witness: str, tmp_path: Path) -> None:
+    run = spent(url, witness)
+    place = f"sqlite:///{tmp_path}/restored.sqlite3"
+    with Ledger(url, witness=witness) as ledger:
+        ledger.backup(tmp_path / "old")
+        ledger.resume_run(run, "a" * 64)
+        ledger.charge_step(run, 4)
+        ledger.backup(tmp_path / "new")
+    with refused("its witness has seen an entry .* newer backup") as error:
+        ledger_module.restore_ledger(tmp_path / "old", place, witness=witness)
+    one_line(error)
+    with refused("there is no ledger"):
+        Ledger(place, create=False)
+    with ledger_module.restore_ledger(tmp_path / "new", place, witness=witness) as ledger:
+        assert ledger.resume_run(run, "a" * 64).steps == 4 and ledger.verify() == []
+        with refused("does not fit"):
+            ledger.open_run(**ask(dataset="exhausted", epsilon=1e-9))
+
+
+def test_mutant_restore_that_ignores_the_witness_is_caught(
+    url: str, near: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = spent(url, near)
+    with Ledger(url, witness=near) as ledger:
+        ledger.backup(tmp_path / "old")
+        ledger.resume_run(run, "a" * 64)
+    with monkeypatch.context() as mutant:
+        mutant.setattr(Ledger, "_losses", lambda self, connection, seen: [])
+        ledger_module.restore_ledger(tmp_path / "old", f"sqlite:///{tmp_path}/restored", witness=near).close()
+    with Ledger(f"sqlite:///{tmp_path}/restored", witness=near) as ledger:
+        assert "another branch" in ledger.verify()[0]
+
+
+def test_without_a_witness_restoring_takes_the_operators_word_and_records_it(
+    url: str, near: str, tmp_path: Path
+) -> None:
+    spent(url)
+    file, place = tmp_path / "backup", f"sqlite:///{tmp_path}/restored.sqlite3"
+    with Ledger(url) as ledger:
+        ledger.backup(file)
+    with refused("no witness is named that knows.*unwitnessed") as error:
+        ledger_module.restore_ledger(file, place)
+    one_line(error)
+    with refused("does not know"):
+        Path(near.removeprefix("sqlite:///")).touch()
+        ledger_module.restore_ledger(file, place, witness=near)
+    with ledger_module.restore_ledger(file, place, unwitnessed=True) as ledger:
+        assert ledger.verify() == [] and ledger.open_run(**ask())
+    with contextlib.closing(sqlite3.connect(tmp_path / "restored.sqlite3")) as connection:
+        kept = connection.execute("SELECT payload FROM dpfa_entries WHERE kind = 'restored'").fetchall()
+    assert kept == [('{"witnessed":false}',)]
+
+
+def test_the_operators_word_does_not_outrank_a_witness(url: str, near: str, tmp_path: Path) -> None:
+    run = spent(url, near)
+    with Ledger(url, witness=near) as ledger:
+        ledger.backup(tmp_path / "old")
+        ledger.resume_run(run, "a" * 64)
+    place = f"sqlite:///{tmp_path}/restored.sqlite3"
+    restored = ledger_module.restore_ledger(tmp_path / "old", place, witness=near, unwitnessed=True)
+    with restored, refused("its witness has seen"):
+        restored.resume_run(run, "a" * 64)
+    with Ledger(place) as ledger, refused("witness, which was not asked"):
+        ledger.resume_run(run, "a" * 64)
+
+
+def accepted(original: bytes, changed: Iterator[bytes], file: Path) -> list[int]:
+    """Which of the damaged copies are taken for whole ones."""
+    found = []
+    for number, content in enumerate(changed):
+        assert content != original
+        file.write_bytes(content)
+        try:
+            ledger_module._Copy(file)
+            found.append(number)
+        except PrivacyError as error:
+            assert "no whole copy" in str(error) and "\n" not in str(error)
+    return found
+
+
+def damages(original: bytes) -> Iterator[bytes]:
+    for place in range(len(original)):
+        yield original[:place] + bytes([original[place] ^ 1]) + original[place + 1 :]
+    for place in range(0, len(original), 3):
+        yield original[:place] + original[place + 1 :]
+        yield original[:place] + b" " + original[place:]
+        yield original[:place]
+    lines = original.splitlines(keepends=True)
+    yield original + b"\n"
+    yield original + lines[-1]
+    for number in range(len(lines)):
+        yield b"".join(lines[:number] + lines[number + 1 :])
+        yield b"".join(lines[:number] + [lines[number]] + lines[number:])
+        if number:
+            yield b"".join([*lines[: number - 1], lines[number], lines[number - 1], *lines[number + 1 :]])
+    yield b"[" * 100_000
+    yield b"\xff" * 100
+
+
+def test_no_damaged_copy_passes_for_a_whole_one(url: str, tmp_path: Path) -> None:
+    with Ledger(url) as ledger:
+        ledger.charge_step(ledger.open_run(**ask(plan={}, plan_hash="b")), 1)
+        ledger.backup(tmp_path / "backup")
+    original = (tmp_path / "backup").read_bytes()
+    ledger_module._Copy(tmp_path / "backup")
+    assert accepted(original, damages(original), tmp_path / "damaged") == []
+
+
+@pytest.mark.parametrize("mutant", ["_line", "follow"])
+def test_mutant_readers_take_some_damaged_copy(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutant: str
+) -> None:
+    Ledger(url).close()
+    with Ledger(url) as ledger:
+        ledger.backup(tmp_path / "backup")
+    original = (tmp_path / "backup").read_bytes()
+    if mutant == "_line":  # any spelling of the same JSON
+        monkeypatch.setattr(ledger_module._Copy, "_line", staticmethod(json.loads))
+    else:  # hashes that nobody computes
+
+        def follow(self: Any, entry: dict[str, Any]) -> list[str]:
+            self.seq, self.last = entry["seq"], entry["hash"]
+            return []
+
+        monkeypatch.setattr(ledger_module._Replay, "follow", follow)
+    spellings = itertools.islice(damages(original), 2 * len(original))
+    assert accepted(original, spellings, tmp_path / "damaged")
+
+
+@both
+def test_a_backup_under_way_is_of_one_moment(request: pytest.FixtureRequest, url: str, tmp_path: Path) -> None:
+    with Ledger(url) as ledger:
+        run = ledger.open_run(**ask(max_steps=10**6))
+        with child(CHARGER, url, run, "charge first") as process:
+            assert process.stdout
+            process.stdout.readline()
+            for number in range(3):
+                before = ledger.run(run).steps
+                ledger.backup(tmp_path / f"{number}")
+                place = f"sqlite:///{tmp_path}/restored{number}"
+                with ledger_module.restore_ledger(tmp_path / f"{number}", place, unwitnessed=True) as restored:
+                    assert before <= restored.run(run).steps <= ledger.run(run).steps and restored.verify() == []
+            process.kill()
+            process.stdout.read()

