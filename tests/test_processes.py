@@ -78,7 +78,7 @@ def of(ranks: Ranks, scenario: str, *path: str) -> Ranks:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    scenarios = "known,private,mutants,observed,one_fails,one_is_refused"
+    scenarios = "known,private,mutants,observed,one_fails,one_is_refused,one_has_a_shard"
     return launch(tmp_path_factory.mktemp("two"), 2, scenarios)
 
 
@@ -257,6 +257,11 @@ def test_a_ledger_that_fails_stops_all_processes_before_any_noise(two: Ranks) ->
 def test_a_check_that_fails_in_one_process_stops_all(two: Ranks) -> None:
     first, second = of(two, "one_is_refused", "error")
     assert second.startswith("PrivacyError") and first.startswith("PrivacyError: rank 1 stopped: PrivacyError")
+
+
+def test_a_shard_of_the_data_set_is_refused(two: Ranks) -> None:
+    first, second = of(two, "one_has_a_shard", "error")
+    assert second.startswith("PrivacyError: train_dataset has 24 rows") and "rank 1 stopped" in first
 
 
 @pytest.mark.parametrize("how", ["one_dies", "one_hangs"])
