@@ -30,7 +30,7 @@ from dpfa_hf.ledger import Ledger
 
 OUTPUT = RESULTS / "drill.json"
 PATIENCE_S = 60.0  # after a kill, until every process of the job must have ended
-STEPS = 40
+STEPS = 80
 VICTIMS = ("rank 0", "rank 1", "launcher")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 

@@ -6,9 +6,10 @@ A step meets three times: for the draw, for the sum, and for the noised sum. Thi
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -105,20 +106,36 @@ class Processes:
         """
         if self._control is None:
             return
-        try:
-            dist.monitored_barrier(self._control, self._timeout, wait_all_ranks=True)
-        except RuntimeError as error:
-            if not self.is_first:
-                raise
+        if lost := self._lost():
             raise PrivacyError(
-                f"a process died or hangs, and the step is void, neither charged nor noised: {_one_line(error)}; "
+                f"rank {', '.join(map(str, lost))} died or hangs, and the step is void, neither charged nor noised; "
                 "restart the job with resume_from_checkpoint=True (TrainingArguments.ddp_timeout sets the patience)"
-            ) from error
+            )
         for bucket in _buckets(sums):
             flat = _joined(bucket)
             dist.reduce(flat, dst=0)
             if self.is_first:
                 _split(flat, bucket)
+
+    def _lost(self) -> list[int]:
+        """In the first process, the ranks that have not come here in time; the others say that they have."""
+        if not self.is_first:
+            dist.send(torch.zeros(1), dst=0, group=self._control)
+            return []
+        deadline = time.monotonic() + self._timeout.total_seconds()
+        messages = torch.zeros(self.count, 1)
+        coming, lost = {}, []
+        for rank in range(1, self.count):
+            try:
+                coming[rank] = cast(dist.Work, dist.irecv(messages[rank], src=rank, group=self._control))
+            except RuntimeError:
+                lost.append(rank)
+        for rank, message in coming.items():
+            try:
+                message.wait(timedelta(seconds=max(0.01, deadline - time.monotonic())))
+            except RuntimeError:
+                lost.append(rank)
+        return sorted(lost)
 
     def copy_from_first(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copies the first process's tensors into all others', in place."""

@@ -32,10 +32,11 @@ def counts(lines: list[str]) -> Counter[str]:
 
 def run(name: str, expression: str, environment: dict[str, str], arguments: list[str]) -> Counter[str]:
     """One process of pytest, its output passed on; a process that does not end well has at least one error."""
-    command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "worksteal", "-m", expression, *arguments]
+    command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "worksteal", "--durations", "12", "-m", expression]
     print(f"\n##### {name}: pytest -m '{expression}'", flush=True)
     clean = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     lines = []
+    command += arguments
     with subprocess.Popen(command, env=clean | environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:

@@ -46,7 +46,10 @@ def offline() -> Iterator[pytest.MonkeyPatch]:
         patch.setattr(socket.socket, "connect", refuse)
         patch.setattr(socket, "getaddrinfo", refuse)
         patch.syspath_prepend(str(ROOT / "examples"))
+        # benchmarks/ and examples/ both have a module of this name.
+        patch.delitem(sys.modules, "sentiment", raising=False)
         yield patch
+        sys.modules.pop("sentiment", None)
 
 
 @pytest.fixture(scope="module")

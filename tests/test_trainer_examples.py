@@ -38,9 +38,12 @@ def offline() -> Iterator[pytest.MonkeyPatch]:
         patch.setattr(socket, "getaddrinfo", refuse)
         patch.setenv("CI", "1")  # TRL tells its makers of every trainer that is built elsewhere
         patch.syspath_prepend(str(EXAMPLES))
+        # benchmarks/ and examples/ both have a module of this name.
+        patch.delitem(sys.modules, "sentiment", raising=False)
         # Converting SmolLM2's tokenizer takes as long as all the rest of an example here.
         patch.setattr(tf.AutoTokenizer, "from_pretrained", functools.cache(tf.AutoTokenizer.from_pretrained))
         yield patch
+        sys.modules.pop("sentiment", None)
 
 
 def tiny_llama() -> tf.PreTrainedModel:
