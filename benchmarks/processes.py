@@ -1,6 +1,6 @@
 """What several processes cost a step: the draw, the meeting before the sum, the sum and its way back.
 
-    python benchmarks/processes.py               # into benchmarks/results/processes.json; three minutes on two cores
+    python benchmarks/processes.py               # into benchmarks/results/processes.json; a minute on two cores
 
 All processes run on this machine, over gloo, and share its cores: with more of them than cores the figures are upper
 bounds. A draw of 2**16 units is that of n = 10^7 at q = 0.0066; its cost does not depend on n.
@@ -24,10 +24,10 @@ from sentiment import RESULTS, machine
 
 from dpfa_hf.processes import Processes
 
-COUNTS = (1, 2, 4, 8, 16)
+COUNTS = (1, 2, 4, 8)
 DRAWN = 2**16
-PARAMETERS = 2**24
-ROUNDS = 21
+PARAMETERS = 2**22
+ROUNDS = 11
 
 
 def milliseconds(function: Callable[[], object]) -> float:
