@@ -49,7 +49,7 @@ $(SDIST): constraints.txt | $(VENV)/.test
 	rm $@.part/transformers-*.tar.gz && touch $@.part && mv $@.part $@
 
 $(MAILS): | $(VENV)/.base
-	curl --fail --silent --show-error --location --output $@.part $(MAILS_URL)
+	curl --fail --silent --show-error --location --retry 3 --output $@.part $(MAILS_URL)
 	echo "$(MAILS_SHA256)  $@.part" | sha256sum --check --quiet
 	mv $@.part $@
 

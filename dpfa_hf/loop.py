@@ -243,6 +243,11 @@ def _refuse(model: nn.Module, dataset: Any, privacy_args: PrivacyArguments, acce
         refuse_reentrant(module)
     if privacy_args.expected_batch_size is None:
         raise PrivacyError("PrivateLoop has no batch size to go by; set PrivacyArguments.expected_batch_size")
+    if privacy_args.privacy_unit == "user":
+        raise PrivacyError(
+            "privacy_unit='user' is for DPTrainer, which knows whose the rows are; in PrivateLoop a row is a unit: use "
+            "'example'"
+        )
     if privacy_args.floating_point == "hardened":
         raise PrivacyError("floating_point='hardened' is for DPTrainer; use 'snapped' with PrivateLoop")
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -120,6 +120,11 @@ def refuse(trainer: Any, privacy_args: PrivacyArguments) -> None:
     for setting, (refused, why) in checks.items():
         if refused:
             raise PrivacyError(f"{type(args).__name__}.{setting} {why}")
+    if name != "SFTTrainer" and privacy_args.privacy_unit != "example":
+        raise PrivacyError(
+            f"{name} has pairs for units, and privacy_unit={privacy_args.privacy_unit!r} is not known of them; use "
+            "privacy_unit='example'"
+        )
     if getattr(trainer, "_is_vision_dataset", False):
         raise PrivacyError(f"train_dataset has images, which {name} prepares in its collator; only text is supported")
     if "ref" in (getattr(trainer.model, "peft_config", None) or {}):

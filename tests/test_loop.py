@@ -284,6 +284,7 @@ def test_adaptive_clipping_moves_the_norm_and_its_noise(tmp_path: Path) -> None:
     [
         ({"expected_batch_size": None}, "expected_batch_size"),
         ({"floating_point": "hardened"}, "hardened"),
+        ({"privacy_unit": "user", "privacy_unit_column": "who"}, "a row is a unit"),
     ],
 )
 def test_arguments_that_a_loop_cannot_keep_are_refused(asked: dict, message: str, tmp_path: Path) -> None:

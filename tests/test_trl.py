@@ -408,6 +408,12 @@ def test_settings_that_private_training_cannot_honour_are_refused(
         privatize(stock, privacy(tmp_path)).train()
 
 
+@pytest.mark.parametrize("kind", ["dpo", "reward"])
+def test_pairs_are_units_of_their_own_and_no_other(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(PrivacyError, match="has pairs for units"):
+        privatize(build(kind, tmp_path), privacy(tmp_path, privacy_unit="document"))
+
+
 def test_a_router_that_balances_a_batch_is_refused(tmp_path: Path) -> None:
     config = tf.MixtralConfig(
         vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
