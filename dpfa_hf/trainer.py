@@ -756,7 +756,7 @@ def _private_copy(args: TrainingArguments, privacy_args: PrivacyArguments) -> tu
         "average_tokens_across_devices": (False, "no count of tokens over the batch is used"),
     }
     for name, (value, why) in forced.items():
-        if getattr(args, name, value) != value:
+        if getattr(args, name, value) != value and args.process_index == 0:
             logger.warning_once(f"{name} is set to {value}: {why}")
         setattr(private, name, value)
     private.gradient_accumulation_steps = 1
