@@ -25,10 +25,11 @@ class PrivateStep:
 
     Guarantee:
         A call returns with the noised mean in every trainable parameter's `grad`, float32 until it is stored. Sums are
-        added up over all processes before one charge and one call of the noise (P16). The step is durable in the ledger
-        before its noise is drawn (P21); if it cannot be charged, no noise is drawn and no gradient is set, in any
-        process. An empty step has noise like any other (P7). Divided is by the plan's expected batch, never by what was
-        drawn (P5).
+        added up over all processes before one charge and one call of the noise (P16); of parameters that FSDP2 spreads,
+        every process adds noise of the same full size to its own rows, with a key of its own (P9). The step is durable
+        in the ledger before its noise is drawn (P21); if it cannot be charged, no noise is drawn and no gradient is
+        set, in any process. An empty step has noise like any other (P7). Divided is by the plan's expected batch, never
+        by what was drawn (P5).
     """
 
     def __init__(
@@ -53,18 +54,24 @@ class PrivateStep:
             PrivacyError: the budget is used up, the ledger cannot be written, an addition was interrupted, or a process
                 was lost.
         """
-        sums, loss = self.engine.take(), None
+        sums, loss, shards = self.engine.take(), None, self.engine.shards
+        spread = {} if shards is None else {name: sums.pop(name) for name in list(sums) if name in shards}
         self.processes.sum_to_first(sums)
         budget.steps = self.processes.from_first(budget.charge)
-        self.processes.from_first(functools.partial(self._add_noise, sums))
-        self.processes.copy_from_first(sums)
+        if sums:
+            self.processes.from_first(functools.partial(self._add_noise, sums))
+            self.processes.copy_from_first(sums)
+        if spread:
+            self.processes.together(functools.partial(self._add_noise, spread))
         if self.statistics is not None:
             norm = self.engine.clipping_norm
             found = self.statistics.estimates(sums[self.statistics.name], norm)
             loss = found.loss
             self.clip_to(next_clipping_norm(self.plan, norm, found.unclipped))
         for name, parameter in self.engine.parameters.values():
-            parameter.grad = sums[name].div_(self.plan.expected_batch_size).to(parameter.dtype)
+            own = name in spread
+            mean = (spread if own else sums)[name].div_(self.plan.expected_batch_size).to(parameter.dtype)
+            parameter.grad = shards.spread(name, mean) if own and shards is not None else mean
         return loss
 
     def _add_noise(self, sums: dict[str, torch.Tensor]) -> None:

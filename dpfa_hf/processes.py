@@ -1,7 +1,8 @@
 """The processes that train one model together: one draws, charges and adds noise, all of them clip and sum.
 
-Within a micro-batch no process speaks to another, so that ranks may have as many micro-batches as their slices need.
-A step meets three times: for the draw, for the sum, and for the noised sum. This module knows no Trainer.
+Within a micro-batch no process speaks to another, so that ranks may have as many micro-batches as their slices need;
+but where FSDP2 spreads the model, all of them compute as many as the largest share has. A step meets three times: for
+the draw, for the sum, and for the noised sum. This module knows no Trainer.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from dpfa_hf.errors import PrivacyError
 
@@ -31,8 +33,9 @@ class Processes:
         timeout_s: seconds after which a process that does not answer is given up, and the others raise.
 
     Guarantee:
-        Whatever the number of processes, a step is one draw, one charge and one call of the noise, all by the first
-        process (P8, P16, P21): `from_first` is the only way in which anything random reaches the others. A process that
+        Whatever the number of processes, a step is one draw, one charge and, of what all of them hold, one call of the
+        noise, all by the first process (P8, P16, P21): `from_first` is the only way in which anything random reaches
+        the others. Of a model that is spread, each adds to its own rows, which nobody else has. A process that
         has died or hangs is found before the sum is taken, and so before the step is charged and its noise is drawn;
         if it is lost later, the others raise before they use the noised sum.
     """
@@ -100,22 +103,37 @@ class Processes:
     def sum_to_first(self, sums: Mapping[str, torch.Tensor]) -> None:
         """Adds up all processes' tensors into the first one's, in place; in the others they are of no use afterwards.
 
-        Raises:
-            PrivacyError: in the first process, if another has not come here in time; it names the ranks.
-            RuntimeError: in the others.
+        Raises as `meet` does.
         """
         if self._control is None:
             return
-        if lost := self._lost():
-            raise PrivacyError(
-                f"rank {', '.join(map(str, lost))} died or hangs, and the step is void, neither charged nor noised; "
-                "restart the job with resume_from_checkpoint=True (TrainingArguments.ddp_timeout sets the patience)"
-            )
+        self.meet()
         for bucket in _buckets(sums):
             flat = _joined(bucket)
             dist.reduce(flat, dst=0)
             if self.is_first:
                 _split(flat, bucket)
+
+    def meet(self) -> None:
+        """Goes on when all processes have come here.
+
+        Raises:
+            PrivacyError: in the first process, if another has not come here in time; it names the ranks.
+            RuntimeError: in the others.
+        """
+        if self._control is not None and (lost := self._lost()):
+            raise PrivacyError(
+                f"rank {', '.join(map(str, lost))} died or hangs, and the step is void, neither charged nor noised; "
+                "restart the job with resume_from_checkpoint=True (TrainingArguments.ddp_timeout sets the patience)"
+            )
+
+    def largest(self, value: int) -> int:
+        """The largest of all processes' values."""
+        if self._control is None:
+            return value
+        found = torch.tensor(value)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self._control)
+        return int(found)
 
     def _lost(self) -> list[int]:
         """In the first process, the ranks that have not come here in time; the others say that they have."""
@@ -148,10 +166,10 @@ class Processes:
                 _split(flat, bucket)
 
     def copy_model_from_first(self, model: nn.Module) -> None:
-        """Gives all processes the first one's parameters and buffers."""
+        """Gives all processes the first one's parameters and buffers; what is spread by FSDP2 is there once already."""
         state = [*model.named_parameters(remove_duplicate=True), *model.named_buffers(remove_duplicate=True)]
         with torch.no_grad():
-            self.copy_from_first({name: tensor.detach() for name, tensor in state})
+            self.copy_from_first({name: each.detach() for name, each in state if not isinstance(each, DTensor)})
 
 
 def _one_line(exception: Exception) -> str:

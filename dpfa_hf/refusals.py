@@ -85,7 +85,11 @@ def refuse_arguments(args: TrainingArguments, privacy_args: PrivacyArguments) ->
         "use_liger_kernel": (is_set("use_liger_kernel"), "fuses layers whose gradients are needed; set it to False"),
         "torch_compile": (is_set("torch_compile"), "hides the layers whose gradients are needed; set it to False"),
         "deepspeed": (is_set("deepspeed"), "reduces gradients before they can be clipped; leave it out"),
-        "fsdp": (is_set("fsdp"), "is not supported yet; leave it out, and every process holds the whole model"),
+        "fsdp": (
+            is_set("fsdp"),
+            "spreads the model after its layers were checked; leave it out, and call torch.distributed.fsdp."
+            "fully_shard on the model before you build the trainer (docs/processes.md)",
+        ),
         "parallelism_config": (is_set("parallelism_config"), "is not supported yet; leave it out"),
         "optim": (
             any(word in text("optim") for word in ("lomo", "layerwise")),
@@ -196,11 +200,8 @@ def refuse_trainer(
     if engine not in ("NO", "MULTI_CPU", "MULTI_GPU"):
         raise PrivacyError(
             f"accelerate is set up for {engine}, which shards or reduces gradients before they can be clipped; launch "
-            "with torchrun, or with an accelerate configuration of plain multi-GPU or multi-CPU"
-        )
-    if any(type(parameter).__name__ == "DTensor" for parameter in trainer.model.parameters()):
-        raise PrivacyError(
-            "a model of sharded tensors (DTensor) is not supported yet; load it without distributed_config"
+            "with torchrun, or with an accelerate configuration of plain multi-GPU or multi-CPU, and spread a model "
+            "that fits on no GPU with torch.distributed.fsdp.fully_shard (docs/processes.md)"
         )
     if getattr(trainer.model, "is_parallelizable", False) and getattr(trainer.model, "model_parallel", False):
         raise PrivacyError("a model spread over several devices is not supported yet; put it on one device")

@@ -112,6 +112,7 @@ def build_report(
     resumed: int = 0,
     seeded: bool = False,
     curve: Mapping[int, float] | None = None,
+    spread: bool = False,
 ) -> dict[str, Any]:
     """Everything that rule P25 asks of a report, as JSON values; infinity is the string "inf".
 
@@ -220,7 +221,7 @@ def build_report(
             "base_model_origin": origin,
         },
         "audit": None,
-        "assumptions": _assumptions(plan, dataset, log_private_metrics, eval_data, private),
+        "assumptions": _assumptions(plan, dataset, log_private_metrics, eval_data, private, spread),
         "ledger": _without_credentials(ledger_url),
         "software": _software(),
         "plan": plan.to_dict(),
@@ -348,7 +349,12 @@ def _releases(plan: PrivacyPlan, log_private_metrics: bool, eval_data: str | Non
 
 
 def _assumptions(
-    plan: PrivacyPlan, dataset: str | None, log_private_metrics: bool, eval_data: str | None, private: bool
+    plan: PrivacyPlan,
+    dataset: str | None,
+    log_private_metrics: bool,
+    eval_data: str | None,
+    private: bool,
+    spread: bool,
 ) -> list[dict[str, str]]:
     """One {"assumption", "status"} for each thing that must be true for the epsilon to be true."""
     keys = "Noise keys and sampling come from the operating system and are never reused"
@@ -377,6 +383,8 @@ def _assumptions(
         }
     if plan.privacy_unit == "document":
         found["One row of the data set is one whole document, neither packed nor cut before sampling"] = WORD
+    if spread:
+        found["No row ends the run: the processes that share a model cannot leave out one that fails"] = UNASSESSED
     found["All runs on the same people's data, tuning included, are recorded under one name"] = (
         WORD if dataset else UNASSESSED
     )

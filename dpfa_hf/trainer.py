@@ -20,11 +20,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, logging
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from dpfa_hf import trl
+from dpfa_hf import sharded_checkpoint, trl
 from dpfa_hf.accounting import make_plan
 from dpfa_hf.arguments import PrivacyArguments
 from dpfa_hf.batch_selection import DrawnUnits, LogicalBatches, RankSlices, TruncatedPoissonSampler, Users
@@ -111,6 +111,7 @@ class DPTrainerMixin(_Base):
     callback_handler: CallbackHandler
     model: Any
     optimizer: Any
+    lr_scheduler: Any
     train_dataset: Any
     privacy_plan: PrivacyPlan
 
@@ -383,7 +384,12 @@ class DPTrainerMixin(_Base):
                 "data_collator packs documents, and floating_point='hardened' computes each in a row of its own: use "
                 "one that pads, such as DataCollatorForLanguageModeling, or floating_point='snapped'"
             )
-        batch = dict(self._prepare_inputs(batch))
+        if self._packed and self._engine.shards is not None:
+            raise PrivacyError(
+                "data_collator packs documents, of which one that is not finite is computed again by itself, and the "
+                "processes that share a model spread by FSDP2 must compute together: use a data_collator that pads"
+            )
+        self._synthetic_batch = batch = dict(self._prepare_inputs(batch))
         with self.accelerator.autocast():
             preflight.check(
                 self._engine,
@@ -449,7 +455,7 @@ class DPTrainerMixin(_Base):
 
         What it does else is done here: all processes begin with the first one's weights.
         """
-        if self._processes.count == 1:
+        if self._processes.count == 1 and self._engine.shards is None:
             return super()._prepare_for_training(*args, **kwargs)
         accelerator = cast(Any, self.accelerator)
         accelerator.prepare_model = functools.partial(accelerator.prepare_model, evaluation_mode=True)
@@ -494,6 +500,8 @@ class DPTrainerMixin(_Base):
         neighbours add (P23).
         """
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        if self._engine.shards is not None:
+            return self._accumulate_in_step(units, micro_batches, total)
         try:
             return sum((self._accumulated_loss(batch) for batch in micro_batches), total)
         except Exception:  # whatever a row makes the model raise must not be seen
@@ -503,11 +511,43 @@ class DPTrainerMixin(_Base):
                 total = sum((self._accumulated_loss(batch) for batch in self._batches[[unit]]), total)
         return total
 
-    def _accumulated_loss(self, batch: Mapping[str, Any]) -> torch.Tensor:
+    def _accumulate_in_step(self, units: DrawnUnits, micro_batches: list[Any], total: torch.Tensor) -> torch.Tensor:
+        """As `_accumulate`, for a model of which every process has a part, so that all compute as often as any does.
+
+        Synthetic rows, which add zero, take the place of what a process has less than another. A unit with impossible
+        ids is left out beforehand; any other row that cannot be computed ends the run in all processes, because they
+        cannot begin again one by one.
+        """
+        try:
+            for batch in micro_batches:
+                self._raise_for_impossible_ids(batch)
+        except IndexError:
+            micro_batches = [batch for unit in units for batch in self._possible(self._batches[[unit]])]
+        try:
+            for number in range(self._processes.largest(len(micro_batches))):
+                if number < len(micro_batches):
+                    total = total + self._accumulated_loss(micro_batches[number])
+                else:
+                    self._accumulated_loss(self._synthetic_batch, counted=False)
+        except RuntimeError:
+            self._processes.meet()  # names the ranks that are lost, if that was the reason
+            raise
+        return total
+
+    def _possible(self, batches: list[Any]) -> list[Any]:
+        """A unit's micro-batches; none if it has impossible ids."""
+        with contextlib.suppress(IndexError):
+            for batch in batches:
+                self._raise_for_impossible_ids(batch)
+            return batches
+        return []
+
+    def _accumulated_loss(self, batch: Mapping[str, Any], *, counted: bool = True) -> torch.Tensor:
         self._raise_for_impossible_ids(batch)
         prepared = dict(self._prepare_inputs(dict(batch)))
         with self.compute_loss_context_manager(), self.accelerator.autocast():
-            return self._engine.accumulate(prepared).double().nan_to_num(posinf=0.0, neginf=0.0).sum()
+            losses = self._engine.accumulate(prepared, counted=counted)
+        return losses.double().nan_to_num(posinf=0.0, neginf=0.0).sum()
 
     def _raise_for_impossible_ids(self, batch: Mapping[str, Any]) -> None:
         """Here, where it costs its row alone: on a GPU the lookup itself would end the process."""
@@ -632,6 +672,7 @@ class DPTrainerMixin(_Base):
             resumed=self._resumed,
             seeded=self._sampler.injected or self._step.noise.seeded_by_caller,
             curve=None if budget is None else budget.curve(),
+            spread=self._engine.shards is not None,
         )
 
     def _describe_loss(self) -> str:
@@ -645,26 +686,56 @@ class DPTrainerMixin(_Base):
         return "truncated Poisson" + slices + (", draws injected" if self._sampler.injected else "")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in Trainer, with `privacy.json` and the model card's section beside the weights."""
+        """As in Trainer, with `privacy.json` and the model card's section beside the weights.
+
+        Of a model that FSDP2 spreads, checkpoints hold every process's own part (`sharded_checkpoint`); called by you,
+        in all processes, it writes the whole model as for any other.
+        """
         push, self.args.push_to_hub = self.args.push_to_hub, False
+        folder = output_dir or self.args.output_dir or "."
         try:
-            super().save_model(output_dir, _internal_call=_internal_call)
+            if self._engine.shards is None or self.is_distributed_loading_by_transformers:
+                super().save_model(output_dir, _internal_call=_internal_call)
+            elif _internal_call:
+                sharded_checkpoint.save_model(folder, self.model)
+            else:
+                self._save(folder, state_dict=sharded_checkpoint.gathered(self.model))
         finally:
             self.args.push_to_hub = push
         if self.args.should_save:
-            write_report(output_dir or self.args.output_dir or ".", self.privacy_report())
+            write_report(folder, self.privacy_report())
         if push and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=getattr(self.args, "hub_revision", None))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """As in Trainer, with the norm that adaptive clipping has reached: a resumed run goes on from there."""
-        super()._save_optimizer_and_scheduler(output_dir)
+        if self._engine.shards is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+        else:
+            sharded_checkpoint.save_optimizer(output_dir, self.model, _unwrapped(self.optimizer))
+            if self.args.should_save:
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
         if self.privacy_plan.clipping == "adaptive" and self.args.should_save:
             assert self._run_budget is not None and self._ledger is not None
             norm = self._engine.clipping_norm
             seal = _clipping_seal(self._ledger, self._run_budget.run, self.state.global_step, norm)
             state = {"clipping_norm": norm.hex(), "seal": seal}
             (Path(output_dir) / _CLIPPING_STATE_NAME).write_text(json.dumps(state) + "\n")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """As in Trainer; also parts that another number of processes has written."""
+        if not sharded_checkpoint.is_sharded(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            sharded_checkpoint.load_model(resume_from_checkpoint, self.model if model is None else model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As in Trainer; also parts that another number of processes has written."""
+        if checkpoint is None or not sharded_checkpoint.is_sharded(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        sharded_checkpoint.load_optimizer(checkpoint, self.model, _unwrapped(self.optimizer))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Nothing is saved: how far dropout has advanced the generators tells how large the private batches were (P23).
@@ -696,6 +767,11 @@ class DPTrainer(DPTrainerMixin, Trainer):
         trainer.train()
         trainer.privacy_spent()
     """
+
+
+def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    """Accelerate's wrapper taken off."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def _clipping_seal(ledger: Ledger, run: str, step: int, clipping_norm: float) -> str:

@@ -1,40 +1,51 @@
-"""One process of several that train together: `python processes_worker.py FOLDER SCENARIO,...`, with RANK and the like.
+"""Processes that train together: `python processes_worker.py FOLDER SCENARIO,... COUNT SURVIVORS`.
 
-What it has seen goes to FOLDER/rank<r>.pt. `tests/test_processes.py` starts it.
+Without COUNT and SURVIVORS, and with RANK and the like, it is one of them. What a process has seen goes to
+FOLDER/rank<r>.pt. `tests/test_processes.py` starts it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
+import peft
 import torch
 import torch.distributed as dist
 import transformers
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from dpfa_hf import DPTrainer, PrivacyArguments
 from dpfa_hf.batch_selection import TruncatedPoissonSampler
 from dpfa_hf.noise import GaussianNoise
+from dpfa_hf.per_example import preflight
 from dpfa_hf.per_example.gradients import PerExampleGradients
+from dpfa_hf.per_example.losses import base_model, per_example_loss
 
 SIGMA, C, EXPECTED, UNITS = 0.35, 0.5, 16, 48
 # Slices of unequal size, an empty draw, one row (so that all ranks but one have nothing), one for each of four ranks.
 DRAWS = [list(range(21)), [], [3], [7, 1, 30, 2]]
 
 
-def model(seed: int = 1) -> nn.Module:
-    """119,680 parameters; the largest tensor is embedding and head."""
+def model(seed: int = 1, *, tied: bool = True) -> nn.Module:
+    """119,551 parameters; the largest tensor is embedding and head, and some cannot be cut into equal parts."""
     torch.manual_seed(seed)
     config = transformers.GPT2Config(
-        vocab_size=896, n_embd=64, n_layer=1, n_head=2, n_positions=64, n_inner=512, bos_token_id=0, eos_token_id=0,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        vocab_size=896, n_embd=64, n_layer=1, n_head=2, n_positions=64, n_inner=511, bos_token_id=0, eos_token_id=0,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, tie_word_embeddings=tied,
     )  # fmt: skip
     return transformers.GPT2LMHeadModel(config)
 
@@ -60,7 +71,24 @@ def key_source() -> Callable[[int], bytes]:
     return lambda size: hashlib.shake_256(str(next(calls)).encode()).digest(size)
 
 
-def build(folder: Path, *, noise: bool = True, patience: int = 60, steps: int = 4, **changed: Any) -> DPTrainer:
+def with_lora(plain: nn.Module) -> nn.Module:
+    config = peft.LoraConfig(r=3, target_modules=["c_attn", "c_proj"], init_lora_weights=False)
+    return peft.get_peft_model(plain, config)
+
+
+def spread(whole: nn.Module) -> nn.Module:
+    """By FSDP2, over all processes."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in whole.get_submodule(
+        "base_model.model.transformer.h" if hasattr(whole, "peft_config") else "transformer.h"
+    ).children():
+        fully_shard(block, mesh=mesh)
+    return fully_shard(whole, mesh=mesh)
+
+
+def build(
+    folder: Path, *, noise: bool = True, patience: int = 60, steps: int = 4, cut: bool = False, **changed: Any
+) -> DPTrainer:
     folder.mkdir(parents=True, exist_ok=True)
     several = {"ddp_backend": "gloo"} if int(os.environ.get("WORLD_SIZE", 1)) > 1 else {}
     args = {
@@ -74,15 +102,20 @@ def build(folder: Path, *, noise: bool = True, patience: int = 60, steps: int = 
         noise_multiplier=SIGMA if noise else 0.0,
         per_example_max_grad_norm=C,
         expected_batch_size=changed.pop("expected_batch_size", EXPECTED),
-        private_loss_weight=0.0,
         ledger=f"sqlite:///{folder / 'ledger.db'}",
-        **changed.pop("privacy", {}),
+        **({"private_loss_weight": 0.0} | changed.pop("privacy", {})),
     )
     # Every process begins with weights of its own, as with adapters that nobody has seeded.
     own = int(os.environ.get("RANK", 0))
+    lora, loaded = changed.pop("lora", False), changed.pop("loaded", None)
+    training_args = transformers.TrainingArguments(**(args | several | changed))
+    if cut and not dist.is_initialized():
+        dist.init_process_group("gloo")
+    plain = model(1 if cut else own + 1)  # a model that is cut has no second copy to begin with
+    built = with_lora(plain) if lora else plain
     return DPTrainer(
-        model=model(own + 1),
-        args=transformers.TrainingArguments(**(args | several | changed)),
+        model=loaded or (spread(built) if cut else built),
+        args=training_args,
         train_dataset=rows(),
         data_collator=collate,
         privacy_args=privacy,
@@ -100,13 +133,26 @@ def inject(trainer: DPTrainer, *, noise: bool) -> None:
         trainer._step.noise = GaussianNoise(plan.noise_standard_deviation, _key_source=key_source())
 
 
+def replica(whole: nn.Module) -> nn.Module:
+    """The same model in one piece; a copy, if it was in one piece before."""
+    tied = base_model(whole).config.tie_word_embeddings
+    built = with_lora(model()) if hasattr(whole, "peft_config") else model(tied=tied)
+    built.load_state_dict({name: in_one_piece(each) for name, each in whole.state_dict().items()})
+    return built
+
+
+def in_one_piece(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def record(trainer: DPTrainer) -> dict[str, list]:
     """Of every step: this rank's rows, its clipped sum by an engine of the test's own, and the weights before."""
     seen: dict[str, list] = {"indices": [], "clipped": [], "weights": [], "released": []}
     private_step = trainer.training_step
 
     def training_step(model: nn.Module, inputs: tuple, num_items_in_batch: Any = None) -> torch.Tensor:
-        engine = PerExampleGradients(model, trainer._engine.loss, clipping_norm=C)
+        single = replica(model).train()
+        engine = PerExampleGradients(single, trainer._engine.loss, clipping_norm=C)
         engine.layouts = trainer._engine.layouts
         for batch in inputs[1]:
             engine.accumulate(batch)
@@ -114,7 +160,8 @@ def record(trainer: DPTrainer) -> dict[str, list]:
         seen["clipped"].append({name: total.double() for name, total in engine.take().items()})
         seen["weights"].append(copies(model))
         loss = private_step(model, inputs, num_items_in_batch)
-        seen["released"].append({name: p.grad.double().clone() for name, p in model.named_parameters()})
+        released = {name: in_one_piece(p.grad).double() for name, p in model.named_parameters() if p.requires_grad}
+        seen["released"].append(released)
         return loss
 
     trainer.training_step = training_step  # type: ignore[method-assign, assignment]
@@ -122,7 +169,8 @@ def record(trainer: DPTrainer) -> dict[str, list]:
 
 
 def copies(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().double().clone() for name, parameter in model.named_parameters()}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: in_one_piece(p.detach()).double().clone() for name, p in trained.items()}
 
 
 def run(trainer: DPTrainer, **kwargs: Any) -> dict[str, Any]:
@@ -282,8 +330,8 @@ def one_skips(folder: Path) -> dict[str, Any]:
     return {"error": error_of(trainer.train)}
 
 
-def without_the_last(folder: Path, leave: Callable[[], Any]) -> dict[str, Any]:
-    trainer = build(folder, patience=5)
+def without_the_last(folder: Path, leave: Callable[[], Any], **changed: Any) -> dict[str, Any]:
+    trainer = build(folder, patience=5, **changed)
     accumulate, steps = trainer._accumulate, iter(range(100))
 
     def leaving(*args: Any) -> torch.Tensor:
@@ -340,6 +388,178 @@ def observed(folder: Path) -> dict[str, Any]:
     return found | {"error": error_of(trainer.privacy_report)}
 
 
+# ---- a model that is cut into shards ---------------------------------------------------------------------------------
+
+
+def cut_known(folder: Path) -> dict[str, Any]:
+    trainer = build(folder, noise=False, cut=True)
+    inject(trainer, noise=False)
+    return run(trainer)
+
+
+def cut_lora(folder: Path) -> dict[str, Any]:
+    """Adapters on a frozen base that is cut as well."""
+    trainer = build(folder, noise=False, cut=True, lora=True)
+    inject(trainer, noise=False)
+    base = {name: type(p).__name__ for name, p in trainer.model.named_parameters() if not p.requires_grad}
+    return run(trainer) | {"base": set(base.values())}
+
+
+def cut_engines(folder: Path) -> dict[str, Any]:
+    """Relative errors of clipped sums of all ranks' rows, by an engine whose model is cut, by way of clipping."""
+    count, rank = dist.get_world_size(), dist.get_rank()
+    found = {}
+    for clipping in ("flat", "automatic", "per_layer"):
+        sums = []
+        for cut in (True, False):
+            built = spread(model()) if cut else model()
+            loss = per_example_loss(built, "causal_lm")
+            engine = PerExampleGradients(built, loss, clipping_norm=0.1, clipping=clipping)
+            preflight.check(engine, collate(rows()[:3]))
+            for owner in range(rank, rank + 1) if cut else range(count):
+                engine.accumulate(collate(rows()[4 * owner + 3 : 4 * owner + 7]))
+            sums.append(engine.take())
+            if cut:
+                shards = engine.shards
+                assert shards is not None
+                sums[0] = {name: shards.spread(name, each).full_tensor() for name, each in sums[0].items()}
+        off = torch.stack([(sums[0][name] - sums[1][name]).norm() for name in sums[1]]).norm()
+        found[clipping] = float(off / torch.stack([each.norm() for each in sums[1].values()]).norm())
+    return found
+
+
+def cut_when_loaded(folder: Path) -> dict[str, Any]:
+    """As Transformers cuts a model by itself: tied weights, which it takes apart, and others, with the private loss."""
+    config = transformers.distributed.DistributedConfig(fsdp_size=dist.get_world_size())
+    trainers = []
+    for tied in (True, False):
+        base = folder / f"tied {tied}"
+        if dist.get_rank() == 0:
+            model(tied=tied).save_pretrained(base)
+        dist.barrier()
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(base, distributed_config=config)
+        trainers.append(build(base, noise=False, cut=True, loaded=loaded, privacy={"private_loss_weight": 0.08}))
+    apart, whole = trainers
+    error = error_of(apart.train)
+    inject(whole, noise=False)
+    found = run(whole) | {"error": error}
+    whole.save_model(str(folder / "whole"))
+    return found
+
+
+def cut_private(folder: Path) -> dict[str, Any]:
+    return run(build(folder, steps=8, cut=True))
+
+
+def noise_in_parts(trainer: DPTrainer) -> None:
+    sd = trainer._step.noise.standard_deviation
+    trainer._step.noise = GaussianNoise(sd / trainer._processes.count**0.5)
+
+
+def noise_of_the_first(trainer: DPTrainer) -> None:
+    if not trainer._processes.is_first:
+        trainer._step.noise.add_noise = lambda sums: sums  # type: ignore[method-assign]
+
+
+def one_key_for_all_shards(trainer: DPTrainer) -> None:
+    trainer._step.noise = GaussianNoise(trainer._step.noise.standard_deviation, _key_source=key_source())
+
+
+def averaged_shards(trainer: DPTrainer) -> None:
+    """As FSDP2's own reduction does."""
+    shards = trainer._engine.shards
+    assert shards is not None
+    own_rows = shards.own_rows
+    shards.own_rows = lambda name, total: own_rows(name, total) / trainer._processes.count  # type: ignore[method-assign]
+
+
+def filler_that_counts(trainer: DPTrainer) -> None:
+    accumulate = trainer._engine.accumulate
+    trainer._engine.accumulate = lambda batch, counted=True: accumulate(batch)  # type: ignore[method-assign, misc]
+    inject(trainer, noise=False)  # draws that one process alone has rows of
+
+
+CUT_MUTANTS = (noise_in_parts, noise_of_the_first, one_key_for_all_shards, averaged_shards, filler_that_counts)
+
+
+def cut_mutants(folder: Path) -> dict[str, Any]:
+    found = {}
+    for mutate in CUT_MUTANTS:
+        trainer = build(folder / mutate.__name__, cut=True, noise=mutate is not filler_that_counts)
+        mutate(trainer)
+        found[mutate.__name__] = run(trainer)
+    return found
+
+
+def cut_skips(folder: Path) -> dict[str, Any]:
+    """A planted bug: a process computes its own micro-batches and no more."""
+    trainer = build(folder, cut=True, patience=5)
+    inject(trainer, noise=False)
+    trainer._processes.largest = lambda value: value  # type: ignore[method-assign]
+    return {"error": error_of(trainer.train)}
+
+
+def cut_dies(folder: Path) -> dict[str, Any]:
+    return without_the_last(folder, lambda: os._exit(9), cut=True)
+
+
+CUT_SAVED: dict[str, Any] = {
+    "noise": False, "optim": "adamw_torch", "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 1,
+}  # fmt: skip
+
+
+def cut_first_half(folder: Path) -> dict[str, Any]:
+    """Two steps of four, without noise, with Adam's state in the checkpoint."""
+    trainer = build(folder.parent, cut=True, **CUT_SAVED)
+    inject(trainer, noise=False)
+    trainer.add_callback(StopAfterTwo)
+    found = run(trainer)
+    trainer.save_model(str(folder.parent / "whole"))
+    return found | {"optimizer": optimizer_state(trainer)}
+
+
+class Look(transformers.TrainerCallback):
+    def __init__(self, trainer: DPTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if not hasattr(self, "optimizer"):
+            self.optimizer = optimizer_state(self.trainer)
+
+
+def second_half_in_one_piece(folder: Path) -> dict[str, Any]:
+    """The rest of `cut_first_half`, in one process whose model is not cut."""
+    trainer = build(folder.parent, **CUT_SAVED)
+    inject(trainer, noise=False)
+    look = Look(trainer)
+    trainer.add_callback(look)
+    return run(trainer, resume_from_checkpoint=True) | {"optimizer": look.optimizer}
+
+
+def optimizer_state(trainer: DPTrainer) -> dict[str, torch.Tensor]:
+    """First moments, by parameter, in one piece."""
+    state = trainer.optimizer.state
+    return {name: in_one_piece(state[p]["exp_avg"]).clone() for name, p in trainer.model.named_parameters()}
+
+
+def losses(model: nn.Module, batch: Any) -> torch.Tensor:
+    return model(batch["x"]).sum(-1)
+
+
+def cut_refused(folder: Path) -> dict[str, Any]:
+    """What cannot be trained, and why."""
+    mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("replicas", "shards"))
+    cut = {
+        "replicas": fully_shard(nn.Linear(4, 6), mesh=mesh),
+        "columns": fully_shard(nn.Linear(4, 6), mesh=mesh["shards"], shard_placement_fn=lambda p: Shard(p.dim() - 1)),
+        "parallel": parallelize_module(nn.Sequential(nn.Linear(4, 6)), mesh["shards"], {"0": ColwiseParallel()}),
+    }
+    found = {name: error_of(lambda m=m: PerExampleGradients(m, losses, clipping_norm=C)) for name, m in cut.items()}
+    hardened = {"floating_point": "hardened"}
+    found["hardened"] = error_of(lambda: build(folder, cut=True, per_device_train_batch_size=1, privacy=hardened))
+    return found
+
+
 def error_of(function: Callable[[], Any]) -> str:
     try:
         function()
@@ -364,8 +584,21 @@ SCENARIOS: dict[str, Callable[[Path], dict[str, Any]]] = {
         one_skips,
         one_dies,
         one_hangs,
+        cut_known,
+        cut_engines,
+        cut_when_loaded,
+        cut_lora,
+        cut_private,
+        cut_mutants,
+        cut_refused,
+        cut_skips,
+        cut_dies,
+        cut_first_half,
     )
 }
+
+
+LEFT_ALONE = {"one_skips", "one_dies", "one_hangs", "cut_skips", "cut_dies"}
 
 
 def chained(names: str, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -373,11 +606,41 @@ def chained(names: str, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield name, SCENARIOS[name](folder / name)
 
 
-if __name__ == "__main__":
+def main(names: str, into: Path) -> NoReturn:
+    """One rank, as RANK and the like say."""
     torch.set_num_threads(1)
-    into = Path(sys.argv[1])
-    found = dict(chained(sys.argv[2], into))
+    found = dict(chained(names, into))
     torch.save(found, into / f"rank{os.environ['RANK']}.pt")
-    if dist.is_initialized() and not {"one_skips", "one_dies", "one_hangs"} & found.keys():
+    if dist.is_initialized() and not LEFT_ALONE & found.keys():
         dist.destroy_process_group()
+    sys.stdout.flush()
     os._exit(0)  # what a lost process has left behind would keep this one
+
+
+def fork(names: str, into: Path, count: int, survivors: int) -> None:
+    """`count` ranks that share what this process has imported; those after `survivors` are not waited for."""
+    ranks = []
+    for rank in range(count):
+        if child := os.fork():
+            ranks.append(child)
+            continue
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+        log = os.open(into / f"log{rank}", os.O_WRONLY | os.O_CREAT)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        try:
+            main(names, into)
+        finally:
+            traceback.print_exc()
+            os._exit(1)
+    codes = [os.waitpid(rank, 0)[1] for rank in ranks[:survivors]]
+    for rank in ranks[survivors:]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rank, signal.SIGKILL)
+    os._exit(int(any(codes)))
+
+
+if __name__ == "__main__":
+    if "RANK" in os.environ:
+        main(sys.argv[2], Path(sys.argv[1]))
+    fork(sys.argv[2], Path(sys.argv[1]), *map(int, sys.argv[3:]))

@@ -37,36 +37,22 @@ def worker() -> ModuleType:
     return module
 
 
-def start(folder: Path, count: int, scenarios: str) -> list[subprocess.Popen]:
+def launch(folder: Path, count: int, scenarios: str, *, survivors: int | None = None) -> Ranks:
+    """What the processes have seen, by rank; of the first ones, where the others are not expected to live."""
     folder.mkdir(parents=True, exist_ok=True)
+    survivors = count if survivors is None else survivors
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = os.environ | {
-        "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    return [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(folder), scenarios],
-            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=(folder / f"log{rank}").open("w"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(count)
-    ]
-
-
-def launch(folder: Path, count: int, scenarios: str, *, survivors: int | None = None) -> Ranks:
-    """What the processes have seen, by rank; of the first ones, where the others are not expected to live."""
-    running = start(folder, count, scenarios)
-    try:
-        codes = [each.wait(timeout=240) for each in running[:survivors]]
-    finally:
-        for each in running:
-            each.kill()
-    logs = "\n".join((folder / f"log{rank}").read_text()[-3000:] for rank in range(count))
-    assert codes == [0] * len(codes), logs
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(len(codes))]
+    done = subprocess.run(
+        [sys.executable, str(WORKER), str(folder), scenarios, str(count), str(survivors)],
+        env=os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
+        timeout=400,
+        check=False,
+    )
+    logs = "\n".join(path.read_text()[-3000:] for path in sorted(folder.glob("log*")))
+    assert done.returncode == 0, logs
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(survivors)]
 
 
 def of(ranks: Ranks, scenario: str, *path: str) -> Ranks:
@@ -113,7 +99,7 @@ def broken(ranks: Ranks, worker: ModuleType) -> set[str]:
         ]  # the weights that a rank begins with too
         if not all(same):
             found.add("ranks differ")
-    residuals, along = [], []
+    residuals, along, products = [], [], []
     for step in range(steps):
         before, after = first[step], first[step + 1]
         clipped = {k: sum(rank["clipped"][step][k] for rank in ranks) for k in before}
@@ -122,10 +108,16 @@ def broken(ranks: Ranks, worker: ModuleType) -> set[str]:
         sums = torch.cat([torch.as_tensor(clipped[k]).flatten() for k in before])
         residuals.append(whole / (worker.SIGMA * worker.C))
         along.append(float(residuals[-1] @ sums / sums.norm()))
+        for each in residual.values():
+            one, other = (each / (worker.SIGMA * worker.C)).tensor_split(2)
+            products.append((one[: len(other)] * other[: len(one)]).flatten())
     normals = torch.stack(residuals)
     spread = (normals.square().mean() - 1) / (2 / normals.numel()) ** 0.5
     if abs(spread) > ALARM_Z:
         found.add("noise of another size")
+    alike = torch.cat(products)
+    if abs(float(alike.mean())) * len(alike) ** 0.5 > ALARM_Z:
+        found.add("halves alike")
     if abs(sum(along)) / steps**0.5 > ALARM_Z:
         found.add("another sum")
     return found
@@ -276,6 +268,112 @@ def test_a_process_that_is_lost_is_named_and_its_step_neither_charged_nor_noised
 def test_a_rank_that_skips_its_empty_share_is_seen(tmp_path: Path) -> None:
     (first,) = launch(tmp_path, 2, "one_skips", survivors=1)
     assert first["one_skips"]["error"]
+
+
+# ---- a model that FSDP2 has cut -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    scenarios = "cut_known,cut_engines,cut_lora,cut_private,cut_mutants,cut_when_loaded,cut_refused,cut_first_half"
+    return launch(tmp_path_factory.mktemp("cut"), 2, scenarios)
+
+
+def test_one_and_two_shards_agree_with_a_float64_loop(cut: Ranks, worker: ModuleType, tmp_path: Path) -> None:
+    wanted = float64_steps(worker)
+    for rank in (*of(cut, "cut_known"), *of(launch(tmp_path, 1, "cut_known"), "cut_known")):
+        assert distance(rank["weights"][-1], wanted[-1], wanted[0]) < 1e-5
+    for rank in of(cut, "cut_mutants", "filler_that_counts"):
+        assert distance(rank["weights"][-1], wanted[-1], wanted[0]) > 0.1, "the mutant should have been seen"
+
+
+def test_noise_on_shards_is_of_full_size_and_independent(cut: Ranks, worker: ModuleType) -> None:
+    assert broken(of(cut, "cut_private"), worker) == set()
+
+
+@pytest.mark.parametrize(
+    ("mutant", "what"),
+    [
+        ("noise_in_parts", "noise of another size"),
+        ("noise_of_the_first", "noise of another size"),
+        ("one_key_for_all_shards", "halves alike"),
+        ("averaged_shards", "another sum"),
+    ],
+)
+def test_planted_bugs_of_shards_are_seen(cut: Ranks, worker: ModuleType, mutant: str, what: str) -> None:
+    assert what in broken(of(cut, "cut_mutants", mutant), worker)
+
+
+def test_clipped_sums_of_a_cut_model_are_those_of_a_whole_one_however_it_is_clipped(cut: Ranks) -> None:
+    for rank in of(cut, "cut_engines"):
+        assert set(rank) == {"flat", "automatic", "per_layer"} and max(rank.values()) < 1e-5
+
+
+def test_adapters_are_trained_on_a_frozen_base_that_is_cut(cut: Ranks, worker: ModuleType) -> None:
+    for rank in of(cut, "cut_lora"):
+        assert rank["base"] == {"DTensor"}
+        assert_released(of(cut, "cut_lora"), worker)
+
+
+def assert_released(ranks: Ranks, worker: ModuleType) -> None:
+    """Without noise, what is released is the sum of all ranks' rows by engines that know no shards."""
+    for step, released in enumerate(ranks[0]["released"]):
+        for name, mean in released.items():
+            total = sum(rank["clipped"][step][name] for rank in ranks)
+            assert torch.allclose(mean * worker.EXPECTED, total, atol=1e-5)
+    assert any(float(mean.norm()) > 0 for step in ranks[0]["released"] for mean in step.values())
+
+
+def test_a_model_that_transformers_cuts_while_loading_is_trained_or_refused_by_name(
+    cut: Ranks, worker: ModuleType, tmp_path_factory: Any
+) -> None:
+    assert_released(of(cut, "cut_when_loaded"), worker)
+    for error in of(cut, "cut_when_loaded", "error"):
+        assert "lm_head.weight is tied to another layer's weight" in error
+    (folder,) = tmp_path_factory.getbasetemp().glob("cut0/cut_when_loaded/whole")
+    whole = worker.transformers.AutoModelForCausalLM.from_pretrained(folder)
+    for name, weight in of(cut, "cut_when_loaded", "weights")[0][-1].items():
+        assert torch.equal(whole.get_parameter(name).double(), weight)
+
+
+def test_other_ways_to_spread_a_model_are_refused_by_name(cut: Ranks) -> None:
+    wanted = {
+        "replicas": "weight is spread over a mesh of several dimensions",
+        "columns": "weight is cut along another dimension",
+        "parallel": "0.weight is spread by something else than FSDP2",
+        "hardened": "floating_point='hardened'",
+    }
+    for rank in of(cut, "cut_refused"):
+        assert {name: wanted[name] in error for name, error in rank.items()} == dict.fromkeys(wanted, True)
+
+
+def test_shards_that_two_processes_wrote_are_read_by_one_with_its_model_in_one_piece(
+    cut: Ranks, worker: ModuleType, tmp_path_factory: Any
+) -> None:
+    (folder,) = tmp_path_factory.getbasetemp().glob("cut0")
+    half = of(cut, "cut_first_half")[0]
+    assert {path.name for path in folder.glob("out/checkpoint-2/*_shards")} == {"model_shards", "optimizer_shards"}
+    rest = worker.second_half_in_one_piece(folder / "second")
+    assert rest["steps"] == 4
+    for name, weight in half["weights"][-1].items():
+        assert torch.equal(rest["weights"][0][name], weight)
+        assert torch.equal(rest["optimizer"][name], half["optimizer"][name])
+    whole = worker.transformers.AutoModelForCausalLM.from_pretrained(folder / "whole")
+    for name, weight in half["weights"][-1].items():
+        assert torch.equal(whole.get_parameter(name).double(), weight)
+
+
+def test_a_shard_whose_process_dies_ends_the_step_before_it_is_charged(tmp_path: Path) -> None:
+    (first,) = launch(tmp_path, 2, "cut_dies", survivors=1)
+    assert first["cut_dies"]["drawn"] == 1
+    with Ledger(f"sqlite:///{tmp_path / 'cut_dies' / 'ledger.db'}") as ledger:
+        assert [run.steps for run in ledger.runs()] == [1]
+    assert first["cut_dies"]["error"].startswith("PrivacyError: rank 1 died or hangs")
+
+
+def test_a_shard_that_skips_its_empty_share_is_seen(tmp_path: Path) -> None:
+    (first,) = launch(tmp_path, 2, "cut_skips", survivors=1)
+    assert first["cut_skips"]["error"]
 
 
 # ---- one process ----------------------------------------------------------------------------------------------------

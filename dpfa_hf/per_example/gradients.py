@@ -22,6 +22,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from dpfa_hf.errors import PrivacyError
 from dpfa_hf.per_example import layers, packing
 from dpfa_hf.per_example.layers import LayerCall, PerExampleGradient
+from dpfa_hf.per_example.shards import Shards
 from dpfa_hf.per_example.streaming import Stream, Uses, changed_in_place
 from dpfa_hf.per_example.units import ROWS_PER_UNIT, Units
 from dpfa_hf.rounding import MAX_CANCELLATION, MAX_TERMS
@@ -106,7 +107,19 @@ class PerExampleGradients:
             raise PrivacyError("model has no trainable parameter; set requires_grad on some, or add an adapter")
         if exact_sums:
             _refuse_large(self.parameters.values())
+        self.shards = Shards.of(model, {name: p for name, p in self.parameters.values()})
+        if self.shards is not None and exact_sums:
+            raise PrivacyError(
+                "floating_point='hardened' bounds sums that one process takes, and this model's are spread by FSDP2; "
+                "use floating_point='snapped', or a model in one piece"
+            )
         self._layers = covered_layers(model)
+        # By layer, its trainable parameters: own name -> name in the model. FSDP2 puts others there while they compute.
+        self._own = {
+            layer: {own: self.parameters[id(p)][0] for own, p in _trainable(module).items()}
+            for layer, module in self._layers.items()
+        }
+        self._gathered: dict[str, torch.Tensor] = {}
         self._groups = self.clipping_groups()
         self._stream: Stream | None = None
         self._in_rule = False  # a rule may call its layer, at which the hooks must not look
@@ -120,7 +133,7 @@ class PerExampleGradients:
 
     # ---- the two calls of a training step -------------------------------------------------------------------------
 
-    def accumulate(self, batch: Batch) -> torch.Tensor:
+    def accumulate(self, batch: Batch, *, counted: bool = True) -> torch.Tensor:
         """Add the clipped gradients of one micro-batch to the sum; returns its losses, [B], which are private.
 
         The batch holds one example in each row, or documents packed into one row in the form of `packing`. If a packed
@@ -134,6 +147,10 @@ class PerExampleGradients:
         again, what came before. But "per_layer" adds groups during the backward pass, whose exceptions leave, of a row
         alone, the groups that were complete, each within its share of C; of several rows, a sum that `take` refuses:
         `discard` it and begin again, row by row.
+
+        Of a model that is spread over processes (`shards`), all call together, each with rows of its own, and get the
+        sum over all of them of the parameters' rows that are theirs. One that has no rows left passes any, with
+        `counted` False: they are computed and add exactly zero.
         """
         if not self.layouts:
             raise PrivacyError("the model was not checked on synthetic rows; call preflight.check(engine, ...) first")
@@ -143,13 +160,13 @@ class PerExampleGradients:
             losses, calls = self.backward(batch)
         with _exact_matmul():
             uses = self._uses(calls)
-            norms = self._norms_or_infinity(uses, torch.isfinite(losses))
+            norms = self._norms_or_infinity(uses, torch.isfinite(losses) & counted)
         if self._entangled(norms):
             return torch.cat([self.accumulate(document) for document in packing.split(batch)])
         with _exact_matmul():
             self._refuse_interrupted()
             self._adding = True
-            if self.statistics is not None:
+            if self.statistics is not None and counted:
                 self.statistics.add(losses.detach(), norms, self.clipping_norm)
             self._add(uses, norms)
             self._adding = False
@@ -161,15 +178,17 @@ class PerExampleGradients:
         Not for packed rows, which may have to be taken apart. But for a row alone, though a part of it stays if the
         rest raises: held whole, it could need more memory than the micro-batch that it is tried again from.
         """
-        return self.clipping == "per_layer" and not self.exact_sums and not packing.is_packed(batch)
+        return (
+            self.clipping == "per_layer"
+            and not self.exact_sums
+            and self.shards is None  # whose processes add the same parameters in the same order
+            and not packing.is_packed(batch)
+        )
 
     def _accumulate_by_group(self, batch: Batch) -> torch.Tensor:
         """As `accumulate`, but each clipping group is added as soon as the backward pass has its last gradient."""
         self._refuse_interrupted()
-        groups_of = {
-            layer: {self._groups[self.parameters[id(p)][0]] for p in _trainable(module).values()}
-            for layer, module in self._layers.items()
-        }
+        groups_of = {layer: {self._groups[name] for name in own.values()} for layer, own in self._own.items()}
 
         def uses(layer: str, args: tuple, kwargs: dict[str, Any], grad: torch.Tensor) -> Uses:
             self._in_rule = True
@@ -215,7 +234,7 @@ class PerExampleGradients:
         self._refuse_interrupted()
         for name, parameter in self.parameters.values():
             if name not in self._sums:
-                self._sums[name] = self._zeros(parameter)
+                self._sums[name] = self._zeros(name, parameter)
         sums, self._sums = self._sums, {}
         taken = {name: sums[name] for name, _ in self.parameters.values()}
         if self.statistics is not None:
@@ -243,6 +262,8 @@ class PerExampleGradients:
         handles = [
             module.register_forward_hook(self._hook(name), with_kwargs=True) for name, module in self._layers.items()
         ]
+        if self.shards is not None:
+            handles += [module.register_forward_pre_hook(self._see(name)) for name, module in self._layers.items()]
         try:
             yield
         finally:
@@ -278,6 +299,8 @@ class PerExampleGradients:
         if self._units is not None and self._segments is not None:
             raise PrivacyError("data_collator packs the rows of users into one; use one that pads instead")
         self._infer_layouts = infer_layouts
+        if infer_layouts:
+            self._gathered.clear()
         losses = self.loss(self.model, {name: value for name, value in batch.items() if name != ROWS_PER_UNIT})
         if losses.shape != (self._batch_size,):
             raise PrivacyError(
@@ -307,6 +330,18 @@ class PerExampleGradients:
             return replaced
 
         return hook
+
+    def _see(self, name: str) -> Callable:
+        def see(module: nn.Module, args: tuple) -> None:
+            for own, parameter in _trainable(module).items() if self._infer_layouts else ():
+                if self._gathered.setdefault(self._own[name][own], parameter) is not parameter:
+                    raise PrivacyError(
+                        f"{name}.{own} is tied to another layer's weight, but FSDP2 gathers the two apart, so that "
+                        "they are two weights in training; call fully_shard once for the module that has both, after "
+                        "they are tied, and on neither of them alone (distributed_config does otherwise)"
+                    )
+
+        return see
 
     def _layout(self, name: str, output: torch.Tensor) -> str:
         """How the output's first dimension relates to the examples: found on synthetic rows, then enforced."""
@@ -354,10 +389,10 @@ class PerExampleGradients:
             rule = layers.find_rule(call.module)
             assert rule is not None
             gradients = rule(call)
-            for own_name, parameter in _trainable(call.module).items():
+            for own_name, name in self._own[call.name].items():
                 found = gradients[own_name]
                 found = found if self._units is None else self._units.gathered(found)
-                uses.setdefault(self.parameters[id(parameter)][0], []).append(found)
+                uses.setdefault(name, []).append(found)
         if self.exact_sums:  # which are in float64 from here on
             return uses
         return {name: layers.write_out_narrow(parts) for name, parts in uses.items()}
@@ -414,21 +449,31 @@ class PerExampleGradients:
         weights = self.coefficients(norms)
         keep = torch.isfinite(norms)
         all_finite = bool(keep.all())
-        while uses:
-            name, parts = uses.popitem()
-            parameter = self._parameter(name)
+        for name, parameter in self.parameters.values():
+            parts, spread = uses.pop(name, []), self.shards is not None and name in self.shards
+            if not parts and not spread:
+                continue
             if name not in self._sums:
-                self._sums[name] = self._zeros(parameter)
+                self._sums[name] = self._zeros(name, parameter)
             if not all_finite:
                 parts = [part.zero_rows(keep[groups[name]]) for part in parts]
-            layers.add_weighted_sums(parts, weights[groups[name]], self._sums[name], one_by_one=self.exact_sums)
+            total = self._sums[name]
+            if spread:
+                total = torch.zeros(parameter.shape, dtype=total.dtype, device=total.device)
+            layers.add_weighted_sums(parts, weights[groups[name]], total, one_by_one=self.exact_sums)
+            if spread:
+                assert self.shards is not None
+                self._sums[name] += self.shards.own_rows(name, total)
 
-    def _zeros(self, parameter: nn.Parameter) -> torch.Tensor:
+    def _zeros(self, name: str, parameter: nn.Parameter) -> torch.Tensor:
         dtype = torch.float64 if self.exact_sums else layers.compute_dtype(parameter)
+        if self.shards is not None and name in self.shards:
+            return self.shards.zeros(name, dtype)
         return torch.zeros_like(parameter, dtype=dtype)
 
-    def _parameter(self, name: str) -> nn.Parameter:
-        return self.model.get_parameter(name)
+    def gathered_parameters(self) -> list[torch.Tensor]:
+        """The trainable parameters as the last synthetic forward pass has used them; those of FSDP2 in one piece."""
+        return [self._gathered.get(name, parameter) for name, parameter in self.parameters.values()]
 
 
 class _Detach:

@@ -27,6 +27,7 @@ from dpfa_hf._kernel import lookup_squared_norm, outer_squared_norm, position_su
 from dpfa_hf._kernel.norms import SquaredNorm, fused
 from dpfa_hf.errors import PrivacyError
 from dpfa_hf.per_example.packing import Segments
+from dpfa_hf.per_example.shards import whole
 
 # Elements of the largest temporary of a norm: 4 MB in float32, which a CPU's cache holds and its allocator gives again.
 _MAX_TEMPORARY = 2**20
@@ -701,6 +702,17 @@ def _embedding(call: LayerCall) -> dict[str, PerExampleGradient]:
     return {"weight": Lookup(index, grad, module.num_embeddings, call.packing)}
 
 
+class _Forward(nn.Module):
+    """A layer without its hooks: FSDP2's would put the weights of training in the place of those that are asked for."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.layer.forward(*args, **kwargs)
+
+
 def _embedding_subclass(call: LayerCall) -> dict[str, PerExampleGradient]:
     """Embeddings that compute their own indices or scale their output (BART, OPT, Whisper, Gemma).
 
@@ -712,7 +724,7 @@ def _embedding_subclass(call: LayerCall) -> dict[str, PerExampleGradient]:
     weight = module.weight
     probe = torch.stack([torch.arange(len(weight)), torch.ones(len(weight))], 1).to(weight.device, torch.float64)
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        answer = functional_call(module, {"weight": probe}, call.inputs, dict(call.kwargs))
+        answer = functional_call(_Forward(module), {"layer.weight": probe}, call.inputs, dict(call.kwargs))
     answer = call.rows(answer)
     scale = answer[..., 1]
     index = (answer[..., 0] / scale).round().long()
@@ -729,8 +741,9 @@ def _elementwise_norm(call: LayerCall) -> dict[str, PerExampleGradient]:
     about it but that it treats examples separately, which the isolation check shows.
     """
     module = call.module
-    parameters = {k: p.detach() for k, p in module.named_parameters(recurse=False) if p.requires_grad}
-    frozen = {k: p.detach() for k, p in module.named_parameters(recurse=False) if not p.requires_grad}
+    own = dict(module.named_parameters(recurse=False))
+    parameters = {k: whole(p.detach()) for k, p in own.items() if p.requires_grad}
+    frozen = {k: whole(p.detach()) for k, p in own.items() if not p.requires_grad}
     frozen.update(module.named_buffers(recurse=False))
     dtype = compute_dtype(call.output_grad)
     parameters = {k: p.to(dtype) for k, p in parameters.items()}
@@ -741,7 +754,8 @@ def _elementwise_norm(call: LayerCall) -> dict[str, PerExampleGradient]:
 
     def one_example(x_i: torch.Tensor, grad_i: torch.Tensor) -> dict[str, torch.Tensor]:
         def forward(p: dict[str, torch.Tensor]) -> torch.Tensor:
-            return functional_call(module, {**frozen, **p}, (x_i[None],))[0].to(dtype)
+            tensors = {f"layer.{name}": tensor for name, tensor in {**frozen, **p}.items()}
+            return functional_call(_Forward(module), tensors, (x_i[None],))[0].to(dtype)
 
         return vjp(forward, parameters)[1](grad_i)[0]
 

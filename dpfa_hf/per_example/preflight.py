@@ -580,9 +580,9 @@ def _check_trainer_loss(
 def _check_gradients(engine: PerExampleGradients, batch: Batch, tolerance: float) -> None:
     """Norms and weighted sums by the rules against autograd, example by example, on one and the same graph."""
     names = [name for name, _ in engine.parameters.values()]
-    parameters = [p for _, p in engine.parameters.values()]
     with engine.attached(), torch.enable_grad():
         losses, calls = engine.backward(batch, infer_layouts=True, retain_graph=True)
+        parameters = engine.gathered_parameters()
         reference = [torch.autograd.grad(each, parameters, retain_graph=True, allow_unused=True) for each in losses]
     for call in calls:
         call.layout = engine.layouts[call.name]
@@ -597,7 +597,7 @@ def _check_gradients(engine: PerExampleGradients, batch: Batch, tolerance: float
         scale = float(reference_norm.max())
         squared = torch.zeros(len(losses), dtype=torch.float64, device=losses.device)
         for position, name in enumerate(names):
-            expected = torch.zeros_like(parameters[position], dtype=torch.float64)
+            expected = torch.zeros(parameters[position].shape, dtype=torch.float64, device=losses.device)
             for weight, grads in zip(weights, reference, strict=True):
                 if grads[position] is not None:
                     expected += weight.double() * grads[position].double()

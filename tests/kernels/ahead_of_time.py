@@ -250,11 +250,11 @@ def representatives() -> Iterator[Variant]:
         elif variant.kernel not in tiles.PASSES:
             wanted = variant.dtype == "bf16" and variant.width > 64 or variant.kernel == "gaussian_noise"
         elif variant.dtype == "fp32":
-            wanted = everything and variant.width in (48, 192)
+            wanted = everything and variant.width == 192
         else:
             wanted = (
-                everything and variant.width in (48, 96, 192)
-                or most and variant.width in (96, 192)
+                everything and variant.width in (96, 192)
+                or most and variant.width == 192
                 or variant.features == ("causal",) and variant.architecture == "sm_90"
             )  # fmt: skip
         if wanted:
