@@ -2,15 +2,17 @@
 
     python benchmarks/drill.py --kills 50        # make drill: half an hour on two cores
 
-A job is two ranks under torchrun, on gloo, with a checkpoint at every other step and its ledger in SQLite. The victim
-is a rank or the launcher, by SIGKILL or SIGTERM, before the first step, in one, or between two. When the launcher is
-killed its ranks live on: the job that resumes must take the ledger over from them.
+A job is two ranks under torchrun, on gloo, with a checkpoint at every other step and its ledger in PostgreSQL. The
+victim is a rank or the launcher, by SIGKILL or SIGTERM, or the ledger's server, by SIGKILL or by a shutdown that drops
+its connections, before the first step, in one, or between two. When the launcher is killed its ranks live on: the job
+that resumes must take the ledger over from them. A server that was killed is started again when the job has ended.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import random
@@ -31,16 +33,16 @@ from dpfa_hf.ledger import Ledger
 OUTPUT = RESULTS / "drill.json"
 PATIENCE_S = 60.0  # after a kill, until every process of the job must have ended
 STEPS = 80
-VICTIMS = ("rank 0", "rank 1", "launcher")
+VICTIMS = ("rank 0", "rank 1", "launcher", "ledger server")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 
 
 class Job:
     """One folder with a run in it, which is started again and again until its budget is used up."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.starts = folder, 0
-        folder.mkdir(parents=True)
+    def __init__(self, folder: Path, url: str) -> None:
+        self.folder, self.url, self.starts = folder, url, 0
+        folder.mkdir(parents=True, exist_ok=True)
 
     def start(self) -> subprocess.Popen:
         self.starts += 1
@@ -52,7 +54,7 @@ class Job:
                 [*command, str(ROOT / "tests" / "processes_worker.py"), str(self.folder), "long"],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+                env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DRILL_LEDGER": self.url},
             )
 
     def rank_pid(self, rank: int) -> int | None:
@@ -62,13 +64,11 @@ class Job:
 
     def charged(self) -> dict[str, int]:
         """Steps charged, by run."""
-        if not (self.folder / "long" / "ledger.db").exists():
-            return {}
         with self.ledger() as ledger:
             return {run.run: run.steps for run in ledger.runs()}
 
     def ledger(self) -> Ledger:
-        return Ledger(f"sqlite:///{self.folder / 'long' / 'ledger.db'}")
+        return Ledger(self.url)
 
     def finished(self) -> bool:
         return (self.folder / "rank0.pt").exists()
@@ -92,7 +92,7 @@ def alive(pid: int | None) -> bool:
     return False
 
 
-def strike(job: Job, victim: str, how: signal.Signals, chance: random.Random) -> dict[str, Any]:
+def strike(job: Job, server: Any, victim: str, how: signal.Signals, chance: random.Random) -> dict[str, Any]:
     """Starts the job, kills the victim at a random moment, and says what became of it; an empty "broken" is good."""
     before = job.charged()
     launcher = job.start()
@@ -101,14 +101,19 @@ def strike(job: Job, victim: str, how: signal.Signals, chance: random.Random) ->
     wait(lambda: sum(job.charged().values()) >= sum(before.values()) + more or launcher.poll() is not None, 120)
     time.sleep(chance.uniform(0, 0.3))
     ranks = [job.rank_pid(0), job.rank_pid(1)]
-    target = launcher.pid if victim == "launcher" else ranks[int(victim[-1])]
     at = job.charged()
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(target, how) if target is not None else None
+    if victim == "ledger server":
+        server.kill(how)
+    else:
+        target = launcher.pid if victim == "launcher" else ranks[int(victim[-1])]
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(target, how) if target is not None else None
     struck = time.monotonic()
     ended = wait(lambda: launcher.poll() is not None, PATIENCE_S)
     if victim != "launcher" or how != signal.SIGKILL:
         ended &= wait(lambda: not any(map(alive, ranks)), PATIENCE_S - (time.monotonic() - struck))
+    if victim == "ledger server":
+        server.start()
     after = job.charged()
     broken = []
     if not started:
@@ -127,8 +132,6 @@ def strike(job: Job, victim: str, how: signal.Signals, chance: random.Random) ->
 def problems(job: Job) -> list[str]:
     """What is wrong with the ledger, and with the weights of the checkpoints that are whole."""
     found: list[str] = []
-    if not job.charged():
-        return found
     with job.ledger() as ledger:
         found += ledger.verify()
         charged = {run.run: run.steps for run in ledger.runs()}
@@ -158,18 +161,30 @@ def complete(job: Job) -> list[str]:
     return problems(job)
 
 
-def drill(kills: int, seed: int, folder: Path) -> Iterator[dict[str, Any]]:
-    """One record for each kill, and one for each job that was let run to its end."""
+def drill(kills: int, seed: int, folder: Path, server: Any) -> Iterator[dict[str, Any]]:
+    """One record for each kill, and one for each job that was let run to its end; `server` is a `PostgreSQL`."""
     chance = random.Random(seed)
-    job = Job(folder / "0")
+    job = Job(folder / "0", server.url(server.new_database()))
     for number in range(kills):
         victim = VICTIMS[number % len(VICTIMS)]
         how = SIGNALS[number // len(VICTIMS) % len(SIGNALS)]
-        yield strike(job, victim, how, chance)
+        if victim == "ledger server" and how == signal.SIGTERM:
+            how = signal.SIGINT  # to PostgreSQL, SIGTERM means to wait until the job has ended
+        yield strike(job, server, victim, how, chance)
         if number == kills - 1 or sum(job.charged().values()) > STEPS // 2:
             broken = complete(job)
-            yield {"victim": None, "broken": broken, "starts": job.starts, "charged": sum(job.charged().values())}
-            job = Job(folder / str(number + 1))
+            charged = sum(job.charged().values())
+            yield {"victim": None, "broken": broken, "starts": job.starts, "charged": charged, "job": job}
+            job = Job(folder / str(number + 1), server.url(server.new_database()))
+
+
+def postgresql(folder: Path) -> Any:
+    """The tests' server, which they keep where pytest looks for it."""
+    spec = importlib.util.spec_from_file_location("tests_conftest", ROOT / "tests" / "conftest.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.PostgreSQL(folder)
 
 
 def main() -> None:
@@ -179,10 +194,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=OUTPUT, help="where the log is written")
     options = parser.parse_args()
     records = []
-    with tempfile.TemporaryDirectory() as folder:
-        for record in drill(options.kills, options.seed, Path(folder)):
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory(prefix="dpfa-") as short:
+        server = postgresql(Path(short))
+        for record in drill(options.kills, options.seed, Path(folder), server):
+            record.pop("job", None)
             records.append(record)
             print(json.dumps(record), flush=True)
+        server.kill()
     broken = [record for record in records if record["broken"]]
     result = {"kills": options.kills, "broken": len(broken), "machine": machine(), "records": records}
     options.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -70,10 +71,15 @@ class PostgreSQL:
                     raise RuntimeError((self.folder / "log").read_text()[-2000:]) from None
                 time.sleep(0.02)
 
-    def kill(self) -> None:
-        """SIGKILL to the server and all of its processes at once, as when the machine goes down."""
+    def kill(self, how: signal.Signals = signal.SIGKILL) -> None:
+        """SIGKILL to the server and all of its processes at once, as when the machine goes down; or SIGINT to the
+        server, which drops all connections and shuts down."""
         processes = [psutil.Process(self._server.pid)]
         processes += processes[0].children(recursive=True)
+        if how != signal.SIGKILL:
+            self._server.send_signal(how)
+            self._server.wait()
+            return
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()

@@ -102,7 +102,7 @@ def build(
         noise_multiplier=SIGMA if noise else 0.0,
         per_example_max_grad_norm=C,
         expected_batch_size=changed.pop("expected_batch_size", EXPECTED),
-        ledger=f"sqlite:///{folder / 'ledger.db'}",
+        ledger=os.environ.get("DRILL_LEDGER", f"sqlite:///{folder / 'ledger.db'}"),
         **({"private_loss_weight": 0.0} | changed.pop("privacy", {})),
     )
     # Every process begins with weights of its own, as with adapters that nobody has seeded.

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -28,14 +29,15 @@ def benchmark() -> Iterator[ModuleType]:
             sys.modules[name] = module
 
 
-def test_six_kills_lose_no_budget_leave_no_process_and_spoil_no_weights(benchmark: ModuleType, tmp_path: Path) -> None:
-    records = list(benchmark.drill(6, 0, tmp_path / "drill"))
+def test_six_kills_lose_no_budget_leave_no_process_and_spoil_no_weights(
+    benchmark: ModuleType, tmp_path: Path, postgresql: Any
+) -> None:
+    records = list(benchmark.drill(6, 0, tmp_path / "drill", postgresql))
     assert [record for record in records if record["broken"]] == []
     assert {record["victim"] for record in records} == {*benchmark.VICTIMS, None}
     assert max(record["charged"] for record in records) >= benchmark.STEPS
 
-    job = object.__new__(benchmark.Job)
-    job.folder = min((tmp_path / "drill").iterdir())
+    job = next(record["job"] for record in records if record["victim"] is None)
     assert benchmark.problems(job) == []
     weights = next(job.folder.glob("long/out/checkpoint-*/model.safetensors"))
     sound = load_file(weights)
