@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import os
 import signal
 import sys
@@ -28,7 +29,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from dpfa_hf import DPTrainer, PrivacyArguments
+from dpfa_hf import DPTrainer, PrivacyArguments, privatize
 from dpfa_hf.batch_selection import TruncatedPoissonSampler
 from dpfa_hf.noise import GaussianNoise
 from dpfa_hf.per_example import preflight
@@ -388,6 +389,24 @@ def observed(folder: Path) -> dict[str, Any]:
     return found | {"error": error_of(trainer.privacy_report)}
 
 
+def of_trl(folder: Path) -> dict[str, Any]:
+    """Weights after two steps of TRL's trainers, without noise, by what their rows are."""
+    spec = importlib.util.spec_from_file_location("rows_for_trl", Path(__file__).with_name("test_trl.py"))
+    assert spec is not None and spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    several = {"ddp_backend": "gloo"} if "RANK" in os.environ else {}
+    found = {}
+    for kind in ("completion", "dpo", "reward"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        trainer = made.build(kind, folder / kind, max_steps=2, **several)
+        privatize(trainer, made.privacy(folder / kind, expected_batch_size=4))
+        made.inject(trainer, [np.array([0, 4, 2, 5, 6]), np.array([3])])
+        trainer.train()
+        found[kind] = copies(trainer.model)
+    return found
+
+
 # ---- a model that is cut into shards ---------------------------------------------------------------------------------
 
 
@@ -576,6 +595,7 @@ SCENARIOS: dict[str, Callable[[Path], dict[str, Any]]] = {
         mutants,
         long,
         observed,
+        of_trl,
         first_half,
         second_half,
         one_fails,

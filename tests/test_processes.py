@@ -64,7 +64,7 @@ def of(ranks: Ranks, scenario: str, *path: str) -> Ranks:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    scenarios = "known,private,mutants,observed,one_fails,one_is_refused,one_has_a_shard"
+    scenarios = "known,private,mutants,observed,of_trl,one_fails,one_is_refused,one_has_a_shard"
     return launch(tmp_path_factory.mktemp("two"), 2, scenarios)
 
 
@@ -192,6 +192,15 @@ def test_with_the_same_draws_and_key_the_number_of_processes_does_not_show(
         for rank in of(ranks, "known", "noise"):
             # A sum that rounds another way may lie on the other side of a point of the grid.
             assert distance(rank["weights"][-1], wanted[-1], wanted[0]) < 1e-5
+
+
+def test_trainers_of_trl_give_the_same_weights_in_two_processes(two: Ranks, worker: ModuleType, tmp_path: Path) -> None:
+    alone = worker.of_trl(tmp_path)
+    for rank in of(two, "of_trl"):
+        assert set(rank) == {"completion", "dpo", "reward"}
+        for kind, weights in rank.items():
+            for name, weight in alone[kind].items():
+                assert torch.allclose(weights[name], weight, rtol=1e-5, atol=1e-6), (kind, name)
 
 
 def test_every_unit_of_a_draw_goes_to_one_process(two: Ranks, four: Ranks, worker: ModuleType) -> None:
