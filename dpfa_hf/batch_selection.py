@@ -75,6 +75,11 @@ class TruncatedPoissonSampler(Sampler[np.ndarray]):
         """Whether the draws were supplied by the caller: such a run is NOT PRIVATE."""
         return self._draws is not None
 
+    def describe(self, processes: int) -> str:
+        """What the report says of the draws, of so many processes (P25)."""
+        slices = f", one draw cut into slices for {processes} processes" if processes > 1 else ""
+        return "truncated Poisson" + slices + (", draws injected" if self.injected else "")
+
     def __len__(self) -> int:
         if self.num_steps is None:
             raise TypeError("an endless TruncatedPoissonSampler has no length: pass num_steps")

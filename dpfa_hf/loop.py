@@ -7,20 +7,28 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from dpfa_hf.accounting import make_plan
+from dpfa_hf.accumulation import Accumulation
 from dpfa_hf.arguments import PrivacyArguments
-from dpfa_hf.batch_selection import LogicalBatches, TruncatedPoissonSampler
+from dpfa_hf.batch_selection import LogicalBatches, RankSlices, TruncatedPoissonSampler
 from dpfa_hf.budget import PrivacyBudget, PrivacySpent
 from dpfa_hf.errors import PrivacyError
 from dpfa_hf.ledger import Ledger
 from dpfa_hf.per_example import losses, packing, preflight
 from dpfa_hf.per_example.gradients import PerExampleGradients, PerExampleLoss
 from dpfa_hf.private_step import PrivateStep
-from dpfa_hf.refusals import checked_privacy_arguments, refuse_adapter, refuse_dataset, refuse_reentrant
+from dpfa_hf.processes import Processes
+from dpfa_hf.refusals import (
+    checked_privacy_arguments,
+    refuse_adapter,
+    refuse_dataset,
+    refuse_other_rows,
+    refuse_packing,
+    refuse_reentrant,
+)
 from dpfa_hf.report import build_report, write_report
 from dpfa_hf.statistics import StepStatistics, public_loss_scale
 
@@ -46,7 +54,11 @@ class PrivateLoop:
         micro_batch_size: rows that are computed at once, a memory and speed knob without effect on the result.
         max_steps: steps to plan for; `plan.max_steps` are taken, which a given noise_multiplier may make fewer.
         per_example_loss_fn: (model, batch) -> one loss per example, [B]; by default the loss of the model's task.
-        accelerator: of one process; its mixed precision is used.
+        accelerator: its mixed precision is used.
+
+    Of several processes (`torchrun`, `accelerate launch`) each builds a loop over the same data set and takes its share
+    of every draw; the first one alone has the ledger open and writes the report. Models may be spread with FSDP2, but
+    not wrapped in DistributedDataParallel.
 
     Attributes:
         plan: the `PrivacyPlan`.
@@ -79,13 +91,19 @@ class PrivateLoop:
         assert privacy_args.expected_batch_size is not None
         self._model, self._dataset, self._asked, self._accelerator = model, dataset, privacy_args, accelerator
         self._task = losses.task_of(model) if per_example_loss_fn is None else None
+        self._processes = processes = Processes()
+        of_first = processes.from_first(lambda: len(dataset))
+        processes.together(lambda: refuse_other_rows(dataset, of_first))
         config = getattr(losses.base_model(model), "config", None)
-        self.plan = make_plan(
-            privacy_args,
-            num_units=len(dataset),
-            expected_batch_size=privacy_args.expected_batch_size,
-            max_steps=max_steps,
-            loss_scale=public_loss_scale(config, self._task),
+        expected = privacy_args.expected_batch_size
+        self.plan = processes.from_first(
+            lambda: make_plan(
+                privacy_args,
+                num_units=len(dataset),
+                expected_batch_size=expected,
+                max_steps=max_steps,
+                loss_scale=public_loss_scale(config, self._task),
+            )
         )
         released = self.plan.private_loss_weight or self.plan.clipping_quantile_weight
         statistics = StepStatistics(self.plan) if released else None
@@ -96,17 +114,30 @@ class PrivateLoop:
             clipping="flat" if self.plan.clipping == "adaptive" else self.plan.clipping,
             statistics=statistics,
         )
-        self._step = PrivateStep(self.plan, self._engine, statistics=statistics)
-        packed = self._check_on_synthetic_rows(collate)
+        self._step = PrivateStep(self.plan, self._engine, statistics=statistics, processes=processes)
+        filler = processes.together(lambda: self._check_on_synthetic_rows(collate))
+        packed = packing.is_packed(filler)
         self._batches = LogicalBatches(dataset, collate, micro_batch_size, packed=packed)
+        self._accumulate = Accumulation(
+            self._engine,
+            self._batches,
+            prepare=self._on_device,
+            autocast=self._autocast,
+            processes=processes,
+            filler=filler,
+        )
         self._sampler = TruncatedPoissonSampler(
             self.plan.num_units, self.plan.sampling_probability, self.plan.max_batch_size, self.plan.max_steps
         )
-        self._ledger = Ledger(privacy_args.ledger)
+        self._ledger: Ledger | None = None
+        processes.from_first(self._open_ledger)
         self._budget: PrivacyBudget | None = None
 
-    def _check_on_synthetic_rows(self, collate: Callable) -> bool:
-        """Whether the collator packs; raises unless everything holds that must before the first step (P11)."""
+    def _open_ledger(self) -> None:
+        self._ledger = Ledger(self._asked.ledger)
+
+    def _check_on_synthetic_rows(self, collate: Callable) -> dict[str, Any]:
+        """The rows; raises unless everything holds that must before the first step (P11)."""
         batch = preflight.synthetic_batch(
             self._model,
             self._task,
@@ -114,12 +145,12 @@ class PrivateLoop:
             collate,
             documents=self.plan.privacy_unit == "document",
         )
+        refuse_packing(self._engine, batch)
         half = self._accelerator is not None and self._accelerator.mixed_precision == "bf16"
+        batch = self._on_device(batch)
         with self._autocast():
-            preflight.check(
-                self._engine, self._on_device(batch), compare_with_model_loss=self._task is not None, autocast=half
-            )
-        return packing.is_packed(batch)
+            preflight.check(self._engine, batch, compare_with_model_loss=self._task is not None, autocast=half)
+        return batch
 
     def __iter__(self) -> Iterator[float | None]:
         """Yields, with the gradients in place, the noised estimate of the mean loss, or None if the plan has none.
@@ -129,16 +160,20 @@ class PrivateLoop:
         """
         if self._budget is not None:
             raise PrivacyError("this PrivateLoop has run already, and running on would pass its plan; build a new one")
-        self._budget = budget = self._open_run()
+        run = self._processes.from_first(self._open_run)
+        self._budget = budget = PrivacyBudget(self.plan, self._ledger, run)
+        self._processes.copy_model_from_first(self._model)
         try:
-            for draw in self._sampler:
+            for share in RankSlices(self._sampler, self._processes):
                 self._model.train()
-                self._accumulate(draw)
+                self._accumulate(share, self._batches[share])
                 yield self._step(budget)
         finally:
-            self._ledger.end_run(budget.run, "completed" if budget.exhausted else "stopped early")
+            if self._ledger is not None:
+                self._ledger.end_run(budget.run, "completed" if budget.exhausted else "stopped early")
 
-    def _open_run(self) -> PrivacyBudget:
+    def _open_run(self) -> str:
+        assert self._ledger is not None
         plan, asked = self.plan, self._asked
         name = asked.ledger_dataset
         if name is None:
@@ -147,7 +182,7 @@ class PrivateLoop:
         budget = None
         if asked.dataset_budget_epsilon is not None and asked.dataset_budget_delta is not None:
             budget = (asked.dataset_budget_epsilon, asked.dataset_budget_delta)
-        run = self._ledger.open_run(
+        return self._ledger.open_run(
             dataset=name,
             plan=plan.to_dict(),
             plan_hash=plan.sha256(),
@@ -158,29 +193,6 @@ class PrivateLoop:
             adjacency=plan.adjacency,
             budget=budget,
         )
-        return PrivacyBudget(plan, self._ledger, run)
-
-    def _accumulate(self, draw: np.ndarray) -> None:
-        """Adds a draw to the clipped sum; if anything raises, row by row, so that only the row that raises is lost."""
-        try:
-            for batch in self._batches[draw]:
-                self._add(batch)
-            return
-        except Exception:  # whatever a row makes the model raise must not be seen (P23)
-            self._engine.discard()
-        for index in draw:
-            with contextlib.suppress(Exception):
-                for row in self._batches[np.array([index])]:
-                    self._add(row)
-
-    def _add(self, batch: Mapping[str, Any]) -> None:
-        embeddings = getattr(self._model, "get_input_embeddings", lambda: None)()
-        ids, rows = batch.get("input_ids"), getattr(embeddings, "num_embeddings", None)
-        # On a GPU the lookup itself would end the process.
-        if ids is not None and rows is not None and bool(((ids < 0) | (ids >= rows)).any()):
-            raise IndexError("input_ids")
-        with self._autocast():
-            self._engine.accumulate(self._on_device(batch))
 
     def _on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         device = next(self._model.parameters()).device
@@ -196,13 +208,16 @@ class PrivateLoop:
         return self._budget.spent()
 
     def save_report(self, directory: str | os.PathLike[str]) -> None:
-        """Writes `privacy.json`, and the section on privacy into the card `README.md`, beside the weights.
+        """Writes `privacy.json`, and the section on privacy into the card `README.md`, beside the weights; of several
+        processes, the first does.
 
         Raises:
             PrivacyError: the loop has not begun.
         """
         if self._budget is None:
             raise PrivacyError("nothing has been spent yet; save the report after the loop, or in it")
+        if self._ledger is None:
+            return  # the first process writes it
         budget = self._budget
         dataset = self._ledger.run(budget.run).dataset
         base, peft = losses.base_model(self._model), getattr(self._model, "peft_config", None)
@@ -222,12 +237,13 @@ class PrivateLoop:
                 "total_parameters": sum(p.numel() for p in self._model.parameters()),
             },
             loss="given by the operator (per_example_loss_fn)" if self._task is None else f"task: {self._task}",
-            sampler="truncated Poisson" + (", draws injected" if self._sampler.injected else ""),
+            sampler=self._sampler.describe(self._processes.count),
             noise=self._step.noise.describe(),
             log_private_metrics=False,
             eval_data=None,
             seeded=self._sampler.injected or self._step.noise.seeded_by_caller,
             curve=budget.curve(),
+            spread=self._engine.shards is not None,
         )
         write_report(directory, report)
 
@@ -250,9 +266,11 @@ def _refuse(model: nn.Module, dataset: Any, privacy_args: PrivacyArguments, acce
         )
     if privacy_args.floating_point == "hardened":
         raise PrivacyError("floating_point='hardened' is for DPTrainer; use 'snapped' with PrivateLoop")
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if distributed and torch.distributed.get_world_size() > 1:
-        raise PrivacyError("PrivateLoop is for one process; launch one, or use DPTrainer")
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise PrivacyError(
+            f"model is wrapped in {type(model).__name__}, which averages gradients before they can be clipped; pass "
+            "the model itself to PrivateLoop, in every process"
+        )
     if accelerator is not None and accelerator.mixed_precision not in ("no", "bf16"):
         raise PrivacyError(
             f"Accelerator(mixed_precision={accelerator.mixed_precision!r}) scales what is accumulated by what it sees "

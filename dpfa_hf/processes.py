@@ -7,6 +7,7 @@ the draw, for the sum, and for the noised sum. This module knows no Trainer.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
@@ -32,6 +33,9 @@ class Processes:
     Args:
         timeout_s: seconds after which a process that does not answer is given up, and the others raise.
 
+    Raises:
+        PrivacyError: a launcher has started several processes, and they do not know of each other.
+
     Guarantee:
         Whatever the number of processes, a step is one draw, one charge and, of what all of them hold, one call of the
         noise, all by the first process (P8, P16, P21): `from_first` is the only way in which anything random reaches
@@ -41,7 +45,15 @@ class Processes:
     """
 
     def __init__(self, timeout_s: float = 1800.0) -> None:
-        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        begun = dist.is_available() and dist.is_initialized()
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched > 1 and not begun:
+            raise PrivacyError(
+                f"this is one of {launched} processes (WORLD_SIZE), but torch.distributed has not begun, so each would "
+                "train a model of its own: build Accelerator(), or TrainingArguments, first; on a CPU with cpu=True, or "
+                "use_cpu=True and ddp_backend='gloo'"
+            )
+        several = begun and dist.get_world_size() > 1
         self.count = dist.get_world_size() if several else 1
         self.rank = dist.get_rank() if several else 0
         self._timeout = timedelta(seconds=timeout_s)

@@ -20,7 +20,7 @@ from dpfa_hf import trl
 from dpfa_hf.arguments import PrivacyArguments
 from dpfa_hf.errors import PrivacyError
 from dpfa_hf.per_example import packing, preflight
-from dpfa_hf.per_example.gradients import PerExampleLoss
+from dpfa_hf.per_example.gradients import Batch, PerExampleGradients, PerExampleLoss
 
 NO_SEARCH = (
     "hyperparameter_search picks the best of many private runs and would report one run's epsilon; each trial is a "
@@ -230,6 +230,15 @@ def refuse_other_rows(dataset: Any, rows_of_first: int) -> None:
         raise PrivacyError(
             f"train_dataset has {len(dataset)} rows in this process and {rows_of_first} in the first; give every "
             "process the whole data set, of which each takes its share of a draw"
+        )
+
+
+def refuse_packing(engine: PerExampleGradients, batch: Batch) -> None:
+    """Of documents that share a row, one that is not finite is computed again by itself, out of step with others."""
+    if engine.shards is not None and packing.is_packed(batch):
+        raise PrivacyError(
+            "data_collator packs documents, and processes that share a model spread by FSDP2 cannot compute one of "
+            "them again by itself: use a data_collator that pads"
         )
 
 

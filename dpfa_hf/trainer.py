@@ -11,7 +11,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,6 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from dpfa_hf import sharded_checkpoint, trl
 from dpfa_hf.accounting import make_plan
+from dpfa_hf.accumulation import Accumulation
 from dpfa_hf.arguments import PrivacyArguments
 from dpfa_hf.batch_selection import DrawnUnits, LogicalBatches, RankSlices, TruncatedPoissonSampler, Users
 from dpfa_hf.budget import PrivacyBudget, PrivacySpent
@@ -46,6 +47,7 @@ from dpfa_hf.refusals import (
     refuse_callback,
     refuse_dataset,
     refuse_other_rows,
+    refuse_packing,
     refuse_reentrant,
     refuse_trainer,
 )
@@ -141,6 +143,7 @@ class DPTrainerMixin(_Base):
         self._resumed = 0
         self._observed = True
         self._packed = False
+        self._synthetic_batch: dict[str, Any] = {}
         self.args, self._micro_batch_size, expected = _private_copy(self.args, privacy_args)
         self._processes = Processes(self.args.ddp_timeout)
         of_first = self._processes.from_first(lambda: len(self.train_dataset))
@@ -384,11 +387,7 @@ class DPTrainerMixin(_Base):
                 "data_collator packs documents, and floating_point='hardened' computes each in a row of its own: use "
                 "one that pads, such as DataCollatorForLanguageModeling, or floating_point='snapped'"
             )
-        if self._packed and self._engine.shards is not None:
-            raise PrivacyError(
-                "data_collator packs documents, of which one that is not finite is computed again by itself, and the "
-                "processes that share a model spread by FSDP2 must compute together: use a data_collator that pads"
-            )
+        refuse_packing(self._engine, batch)
         self._synthetic_batch = batch = dict(self._prepare_inputs(batch))
         with self.accelerator.autocast():
             preflight.check(
@@ -440,6 +439,14 @@ class DPTrainerMixin(_Base):
             users=self._users,
             max_examples_per_user=self.privacy_plan.max_examples_per_user,
         )
+        self._accumulation = Accumulation(
+            self._engine,
+            self._batches,
+            prepare=lambda batch: dict(self._prepare_inputs(dict(batch))),
+            autocast=self._forward_context,
+            processes=self._processes,
+            filler=self._synthetic_batch,
+        )
         return DataLoader(
             _WithUnits(self._batches),
             batch_size=None,
@@ -449,6 +456,11 @@ class DPTrainerMixin(_Base):
             persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
         )
+
+    @contextlib.contextmanager
+    def _forward_context(self) -> Iterator[None]:
+        with self.compute_loss_context_manager(), self.accelerator.autocast():
+            yield
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple:
         """As in Trainer, but without DistributedDataParallel: it would reduce gradients that nobody has clipped.
@@ -484,7 +496,7 @@ class DPTrainerMixin(_Base):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
-        total = self._accumulate(*inputs)
+        total = self._accumulate(*inputs).to(self.args.device)
         loss = self._step(self._run_budget)
         if loss is not None:
             self._private_losses.append(loss)
@@ -493,70 +505,7 @@ class DPTrainerMixin(_Base):
         return torch.full((), math.nan, device=self.args.device)
 
     def _accumulate(self, units: DrawnUnits, micro_batches: list[Any]) -> torch.Tensor:
-        """Adds a logical batch to the clipped sum and returns the sum of its losses.
-
-        If anything raises, the batch starts over one unit at a time, each read and collated by itself: a row that
-        cannot be computed, or a user with one, then adds zero, and neither its padding nor its columns change what its
-        neighbours add (P23).
-        """
-        total = torch.zeros((), dtype=torch.float64, device=self.args.device)
-        if self._engine.shards is not None:
-            return self._accumulate_in_step(units, micro_batches, total)
-        try:
-            return sum((self._accumulated_loss(batch) for batch in micro_batches), total)
-        except Exception:  # whatever a row makes the model raise must not be seen
-            self._engine.discard()
-        for unit in units:
-            with contextlib.suppress(Exception):
-                total = sum((self._accumulated_loss(batch) for batch in self._batches[[unit]]), total)
-        return total
-
-    def _accumulate_in_step(self, units: DrawnUnits, micro_batches: list[Any], total: torch.Tensor) -> torch.Tensor:
-        """As `_accumulate`, for a model of which every process has a part, so that all compute as often as any does.
-
-        Synthetic rows, which add zero, take the place of what a process has less than another. A unit with impossible
-        ids is left out beforehand; any other row that cannot be computed ends the run in all processes, because they
-        cannot begin again one by one.
-        """
-        try:
-            for batch in micro_batches:
-                self._raise_for_impossible_ids(batch)
-        except IndexError:
-            micro_batches = [batch for unit in units for batch in self._possible(self._batches[[unit]])]
-        try:
-            for number in range(self._processes.largest(len(micro_batches))):
-                if number < len(micro_batches):
-                    total = total + self._accumulated_loss(micro_batches[number])
-                else:
-                    self._accumulated_loss(self._synthetic_batch, counted=False)
-        except RuntimeError:
-            self._processes.meet()  # names the ranks that are lost, if that was the reason
-            raise
-        return total
-
-    def _possible(self, batches: list[Any]) -> list[Any]:
-        """A unit's micro-batches; none if it has impossible ids."""
-        with contextlib.suppress(IndexError):
-            for batch in batches:
-                self._raise_for_impossible_ids(batch)
-            return batches
-        return []
-
-    def _accumulated_loss(self, batch: Mapping[str, Any], *, counted: bool = True) -> torch.Tensor:
-        self._raise_for_impossible_ids(batch)
-        prepared = dict(self._prepare_inputs(dict(batch)))
-        with self.compute_loss_context_manager(), self.accelerator.autocast():
-            losses = self._engine.accumulate(prepared, counted=counted)
-        return losses.double().nan_to_num(posinf=0.0, neginf=0.0).sum()
-
-    def _raise_for_impossible_ids(self, batch: Mapping[str, Any]) -> None:
-        """Here, where it costs its row alone: on a GPU the lookup itself would end the process."""
-        embeddings = getattr(self.model, "get_input_embeddings", lambda: None)()
-        rows = getattr(embeddings, "num_embeddings", math.inf)
-        for name in ("input_ids", "decoder_input_ids"):
-            ids = batch.get(name)
-            if isinstance(ids, torch.Tensor) and bool(((ids < 0) | (ids >= rows)).any()):
-                raise IndexError(name)
+        return self._accumulation(units, micro_batches)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """0: the count follows the private batch size (P23)."""
@@ -665,7 +614,7 @@ class DPTrainerMixin(_Base):
                 "total_parameters": sum(p.numel() for p in self.model.parameters()),
             },
             loss=self._describe_loss(),
-            sampler=self._describe_sampler(),
+            sampler=self._sampler.describe(self._processes.count),
             noise=self._step.noise.describe(),
             log_private_metrics=asked.log_private_metrics,
             eval_data=asked.eval_data,
@@ -679,11 +628,6 @@ class DPTrainerMixin(_Base):
         if self._trl is not None:
             return self._trl.describe
         return f"task: {self._task}" if self._task is not None else "given by the operator (per_example_loss_fn)"
-
-    def _describe_sampler(self) -> str:
-        processes = self._processes.count
-        slices = f", one draw cut into slices for {processes} processes" if processes > 1 else ""
-        return "truncated Poisson" + slices + (", draws injected" if self._sampler.injected else "")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in Trainer, with `privacy.json` and the model card's section beside the weights.

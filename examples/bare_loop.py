@@ -32,16 +32,16 @@ def main() -> None:
     )
     collate = DataCollatorWithPadding(tokenizer)
 
-    accelerator = Accelerator()
-    model = build_model(demo)
-    model, optimizer = accelerator.prepare(model, build_optimizer(model, demo.learning_rate))
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    model = build_model(demo).to(accelerator.device)  # not prepared: of several processes, none wraps the model
+    optimizer = accelerator.prepare(build_optimizer(model, demo.learning_rate))
     loop = dpfa_hf.PrivateLoop(
         model, train, privacy, collate=collate, micro_batch_size=64, max_steps=demo.max_steps, accelerator=accelerator
     )
     for step, private_loss in enumerate(loop, 1):  # drawn, clipped, charged and noised: the gradients are in place
         optimizer.step()
-        print(f"step {step}: private loss {private_loss:.2f}")
-    model.save_pretrained(demo.output_dir)
+        accelerator.print(f"step {step}: private loss {private_loss:.2f}")
+    model.save_pretrained(demo.output_dir, is_main_process=accelerator.is_main_process)
     loop.save_report(demo.output_dir)
 
     model.eval()
@@ -50,8 +50,8 @@ def main() -> None:
         with torch.no_grad():
             right += int((model(**batch.to(accelerator.device)).logits.argmax(-1) == batch["labels"]).sum())
     spent = loop.privacy_spent()
-    print(f"accuracy with privacy    : {right / rows:.4f} on {rows} held-out reviews (chance 0.50)")
-    print(f"epsilon                  : {spent.epsilon:.3f} at delta {spent.delta:g}")
+    accelerator.print(f"accuracy with privacy    : {right / rows:.4f} on {rows} held-out reviews (chance 0.50)")
+    accelerator.print(f"epsilon                  : {spent.epsilon:.3f} at delta {spent.delta:g}")
 
 
 if __name__ == "__main__":

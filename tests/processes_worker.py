@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+import datasets
 import numpy as np
 import peft
 import torch
@@ -29,7 +30,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from dpfa_hf import DPTrainer, PrivacyArguments, privatize
+from dpfa_hf import DPTrainer, PrivacyArguments, PrivateLoop, privatize
 from dpfa_hf.batch_selection import TruncatedPoissonSampler
 from dpfa_hf.noise import GaussianNoise
 from dpfa_hf.per_example import preflight
@@ -407,6 +408,40 @@ def of_trl(folder: Path) -> dict[str, Any]:
     return found
 
 
+def loops(folder: Path) -> dict[str, Any]:
+    """Weights after the draws in a `PrivateLoop`, without noise, of a model in one piece and, in several processes, of
+    one that is cut; and what a wrapped one is told."""
+    found: dict[str, Any] = {}
+    several = dist.is_initialized()
+    for cut in (False, True) if several else (False,):
+        built = spread(model()) if cut else model()
+        loop = loop_of(folder / str(cut), built)
+        plan = loop.plan
+        draws = [np.array(draw, dtype=np.int64) for draw in DRAWS]
+        loop._sampler = TruncatedPoissonSampler(
+            plan.num_units, plan.sampling_probability, plan.max_batch_size, len(draws), _draws=draws
+        )
+        optimizer = torch.optim.SGD(built.parameters(), lr=1.0)
+        for _ in loop:
+            optimizer.step()
+        loop.save_report(folder / str(cut))
+        found["cut" if cut else "whole"] = copies(built)
+    if several:
+        wrapped = nn.parallel.DistributedDataParallel(model())
+        found["error"] = error_of(lambda: loop_of(folder / "wrapped", wrapped))
+    return found
+
+
+def loop_of(folder: Path, built: nn.Module) -> PrivateLoop:
+    folder.mkdir(parents=True, exist_ok=True)
+    privacy = PrivacyArguments(
+        target_epsilon=float("inf"), target_delta=1e-4, noise_multiplier=0.0, per_example_max_grad_norm=C,
+        expected_batch_size=EXPECTED, private_loss_weight=0.0, ledger=f"sqlite:///{folder / 'ledger.db'}",
+    )  # fmt: skip
+    rows_of_it = datasets.Dataset.from_list(rows())
+    return PrivateLoop(built, rows_of_it, privacy, collate=collate, micro_batch_size=3, max_steps=len(DRAWS))
+
+
 # ---- a model that is cut into shards ---------------------------------------------------------------------------------
 
 
@@ -596,6 +631,7 @@ SCENARIOS: dict[str, Callable[[Path], dict[str, Any]]] = {
         long,
         observed,
         of_trl,
+        loops,
         first_half,
         second_half,
         one_fails,

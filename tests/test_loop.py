@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
+import numpy as np
 import pytest
 import torch
 import transformers as tf
@@ -232,7 +233,8 @@ def test_sums_of_other_processes_are_added_before_the_ledger_and_the_noise(tmp_p
 
     budget = loop._budget
     step = PrivateStep(loop.plan, loop._engine, processes=Twins())
-    loop._accumulate(torch.tensor([0, 1]).numpy())
+    share = np.array([0, 1])
+    loop._accumulate(share, loop._batches[share])
     step(budget)
     assert torch.allclose(gradient(made), 2 * alone, rtol=1e-6) and budget.steps == 2
 

@@ -816,7 +816,7 @@ def test_mutant_training_loss_in_the_logs_is_caught(tmp_path: Path) -> None:
 
 def test_mutant_a_row_that_raises_ends_the_run_is_caught(tmp_path: Path, record_without: str) -> None:
     trainer = make_trainer(tmp_path / "run", trainer_rows()["raises in forward"])
-    trainer._accumulate = lambda _, batches: sum(map(trainer._accumulated_loss, batches), torch.zeros(()))  # type: ignore
+    trainer._accumulate = lambda _, batches: sum(map(trainer._accumulation.loss_of, batches), torch.zeros(()))  # type: ignore
     assert public_record(trainer) != record_without
 
 

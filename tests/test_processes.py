@@ -64,7 +64,7 @@ def of(ranks: Ranks, scenario: str, *path: str) -> Ranks:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    scenarios = "known,private,mutants,observed,of_trl,one_fails,one_is_refused,one_has_a_shard"
+    scenarios = "known,private,mutants,observed,of_trl,loops,one_fails,one_is_refused,one_has_a_shard"
     return launch(tmp_path_factory.mktemp("two"), 2, scenarios)
 
 
@@ -192,6 +192,20 @@ def test_with_the_same_draws_and_key_the_number_of_processes_does_not_show(
         for rank in of(ranks, "known", "noise"):
             # A sum that rounds another way may lie on the other side of a point of the grid.
             assert distance(rank["weights"][-1], wanted[-1], wanted[0]) < 1e-5
+
+
+def test_a_loop_of_ones_own_agrees_with_a_float64_loop_in_two_processes_whole_or_cut(
+    two: Ranks, worker: ModuleType, tmp_path_factory: Any
+) -> None:
+    wanted = float64_steps(worker)
+    for rank in of(two, "loops"):
+        assert distance(rank["whole"], wanted[-1], wanted[0]) < 1e-5
+        assert distance(rank["cut"], wanted[-1], wanted[0]) < 1e-5
+        assert "model is wrapped in DistributedDataParallel" in rank["error"]
+    (folder,) = tmp_path_factory.getbasetemp().glob("two0/loops")
+    for kind in ("False", "True"):
+        report = json.loads((folder / kind / "privacy.json").read_text())
+        assert "2 processes" in report["mechanism"]["sampler"] and report["steps"]["charged"] == 4
 
 
 def test_trainers_of_trl_give_the_same_weights_in_two_processes(two: Ranks, worker: ModuleType, tmp_path: Path) -> None:
@@ -411,3 +425,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(PrivacyError, match="one of 2 processes"):
+        Processes()

@@ -369,7 +369,7 @@ def test_losing_the_neighbours_of_a_bad_row_would_be_seen(tmp_path: Path, monkey
     def careless(self: Any, indices: Any, micro_batches: Any) -> torch.Tensor:
         for batch in micro_batches:
             with contextlib.suppress(Exception):
-                self._accumulated_loss(batch)
+                self._accumulation.loss_of(batch)
         return torch.zeros(())
 
     def slicing(self: Any, indices: Any, micro_batches: Any) -> torch.Tensor:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -13,10 +14,11 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
+from dpfa_hf.accumulation import Accumulation
 from dpfa_hf.errors import PrivacyError
 from dpfa_hf.per_example import layers, losses, preflight, streaming
 from dpfa_hf.per_example.gradients import PerExampleGradients
-from dpfa_hf.trainer import DPTrainerMixin
+from dpfa_hf.processes import Processes
 
 BOUND = 1 + 2.0**-10
 C = 0.5
@@ -499,14 +501,12 @@ def restarted(engine: PerExampleGradients, x: torch.Tensor, factors: list[float]
         def __getitem__(self, indices: np.ndarray) -> list[dict]:
             return [{name: torch.cat([rows[i][name] for i in indices]) for name in rows[0]}]
 
-    trainer: Any = SimpleNamespace(
-        args=SimpleNamespace(device="cpu"),
-        _engine=engine,
-        _batches=Rows(),
-        _accumulated_loss=lambda batch: engine.accumulate(batch).double().sum(),
+    batches: Any = Rows()
+    accumulate = Accumulation(
+        engine, batches, prepare=dict, autocast=contextlib.nullcontext, processes=Processes(), filler={}
     )
     everyone = np.arange(len(x))
-    DPTrainerMixin._accumulate(trainer, everyone, Rows()[everyone])
+    accumulate(everyone, batches[everyone])
     return engine.take()
 
 
