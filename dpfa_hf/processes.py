@@ -50,8 +50,8 @@ class Processes:
         if launched > 1 and not begun:
             raise PrivacyError(
                 f"this is one of {launched} processes (WORLD_SIZE), but torch.distributed has not begun, so each would "
-                "train a model of its own: build Accelerator(), or TrainingArguments, first; on a CPU with cpu=True, or "
-                "use_cpu=True and ddp_backend='gloo'"
+                "train a model of its own: build Accelerator(), or TrainingArguments, first; on a CPU with cpu=True, "
+                "or use_cpu=True and ddp_backend='gloo'"
             )
         several = begun and dist.get_world_size() > 1
         self.count = dist.get_world_size() if several else 1

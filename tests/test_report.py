@@ -188,6 +188,14 @@ def test_every_coordinate_that_a_step_releases_is_stated_with_its_share(tmp_path
     assert f"{float(re.findall(r'at most ([0-9.]+) C of one unit', card)[0]):.4g}" == "1.007"
 
 
+def test_a_model_that_is_spread_states_that_a_row_may_end_the_run(plan: PrivacyPlan) -> None:
+    for spread in (True, False):
+        listed = [
+            each for each in built(plan, spread=spread)["assumptions"] if "No row ends the run" in each["assumption"]
+        ]
+        assert [each["status"] for each in listed] == ["not assessed"] * spread
+
+
 def test_without_added_coordinates_none_is_stated(plan: PrivacyPlan) -> None:
     report = built(plan)
     assert [each["longest"] for each in report["mechanism"]["coordinates"]] == [1.0]
