@@ -1,6 +1,7 @@
-"""What several processes cost a step: the draw, the meeting before the sum, the sum and its way back.
+"""What several processes cost a step: the draw, the meeting before the sum, the sum and its way back, and the noise, by
+the first process on everything or, of a model that FSDP2 spreads, by each on its own rows.
 
-    python benchmarks/processes.py               # into benchmarks/results/processes.json; a minute on two cores
+    python benchmarks/processes.py               # into benchmarks/results/processes.json; two minutes on two cores
 
 All processes run on this machine, over gloo, and share its cores: with more of them than cores the figures are upper
 bounds. A draw of 2**16 units is that of n = 10^7 at q = 0.0066; its cost does not depend on n.
@@ -22,6 +23,8 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from sentiment import RESULTS, machine
 
+from dpfa_hf.noise import GaussianNoise
+from dpfa_hf.per_example.shards import reduce_scatter
 from dpfa_hf.processes import Processes
 
 COUNTS = (1, 2, 4, 8)
@@ -44,12 +47,17 @@ def measure(rank: int, count: int, port: int, output: str) -> None:
     draw = np.arange(DRAWN)
     sums = {"all": torch.zeros(PARAMETERS)}
     nothing = {"all": torch.zeros(1)}
+    noise, own = GaussianNoise(1.0), {"own": torch.zeros(PARAMETERS // count)}
+    spread = torch.zeros(PARAMETERS), torch.zeros(PARAMETERS // count)
     parts: dict[str, Callable[[], object]] = {
         "draw_ms": lambda: processes.from_first(lambda: draw),
         "charge_ms": lambda: processes.from_first(lambda: 1),
         "meeting_ms": lambda: processes.sum_to_first(nothing),
         "sum_ms": lambda: processes.sum_to_first(sums),
         "copy_ms": lambda: processes.copy_from_first(sums),
+        "noise_ms": lambda: processes.from_first(lambda: noise.add_noise(sums) and None),
+        "reduce_scatter_ms": lambda: reduce_scatter(spread[1], spread[0]) if count > 1 else None,
+        "own_noise_ms": lambda: processes.together(lambda: noise.add_noise(own) and None),
     }
     rounds = [{name: milliseconds(part) for name, part in parts.items()} for _ in range(ROUNDS)]
     if rank == 0:

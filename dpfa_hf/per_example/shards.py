@@ -17,6 +17,9 @@ from torch.distributed.tensor import DTensor, Shard
 
 from dpfa_hf.errors import PrivacyError
 
+# Until torch 2.13 its name said of what.
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class Shards:
     """Which trainable parameters are spread over the processes, and how a sum over all of them is spread likewise.
@@ -64,7 +67,7 @@ class Shards:
         padded = total.new_zeros(rows * count, *total.shape[1:])
         padded[: len(total)] = total
         own = total.new_empty(rows, *total.shape[1:])
-        dist.reduce_scatter_tensor(own, padded, group=parameter.device_mesh.get_group())
+        reduce_scatter(own, padded, group=parameter.device_mesh.get_group())
         return own[: len(parameter.to_local())]
 
     def spread(self, name: str, own: torch.Tensor) -> DTensor:
