@@ -11,7 +11,7 @@ import torch.distributed as dist
 import transformers
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from dpfa_hf.errors import PrivacyError
@@ -50,9 +50,9 @@ def llama(*, tied: bool = True, norm: bool = False, head: bool = False, cut: boo
     return model
 
 
-def clipped(model: nn.Module, **options: Any) -> dict[str, torch.Tensor]:
+def clipped(model: nn.Module, *, half: bool = False, **options: Any) -> dict[str, torch.Tensor]:
     engine = PerExampleGradients(model, per_example_loss(model, "causal_lm"), clipping_norm=0.3, **options)
-    preflight.check(engine, BATCH)
+    preflight.check(engine, BATCH, autocast=half)
     engine.accumulate(BATCH)
     return engine.take()
 
@@ -64,6 +64,21 @@ def test_a_cut_model_gives_the_clipped_sums_of_a_whole_one(clipping: str, option
     assert found.keys() == wanted.keys()
     for name, total in wanted.items():
         assert torch.allclose(found[name], total, rtol=1e-4, atol=1e-6)
+
+
+def test_checkpointed_activations_change_nothing() -> None:
+    model: Any = llama()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    found, wanted = clipped(model), clipped(llama(cut=False))
+    assert all(torch.allclose(found[name], total, rtol=1e-4, atol=1e-6) for name, total in wanted.items())
+
+
+def test_weights_gathered_in_bf16_give_sums_in_float32() -> None:
+    half = llama(mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    found, wanted = clipped(half, half=True), clipped(llama(cut=False))
+    off = torch.stack([(found[name] - total).norm() for name, total in wanted.items()]).norm()
+    assert {total.dtype for total in found.values()} == {torch.float32}
+    assert 0 < float(off) < 0.02 * float(torch.stack([total.norm() for total in wanted.values()]).norm())
 
 
 def test_rows_that_do_not_count_add_exactly_zero() -> None:
