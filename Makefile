@@ -1,7 +1,8 @@
 # make demo             install and fine-tune a real model on real text under differential privacy
 # make test             install and run all tests
 # make lint             ruff and mypy
-# make tables           run the tests of families and features, and write README's tables from their results
+# make tables           run the tests of families and features, hold all adapters against autograd, and write the tables
+#                       of README.md and docs/adapters.md from the results
 # make compile-all      compile every kernel of the tile tables ahead of time, into benchmarks/results/
 # make demo-mails       fine-tune a spam filter that protects senders, with all their mails
 # make bench            time and memory of training steps beside peers, of noise, sampling, ledger and processes, into
@@ -95,6 +96,7 @@ compile-all: $(VENV)/.test
 
 tables: $(VENV)/.test $(SDIST)
 	$(BIN)/python benchmarks/families.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/adapters.py
 
 clean:
 	rm -rf $(VENV)

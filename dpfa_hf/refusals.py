@@ -6,6 +6,7 @@ Each refusal is one line that names what cannot stand and the way out. Layers an
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +20,7 @@ from transformers.trainer_callback import EarlyStoppingCallback
 from dpfa_hf import trl
 from dpfa_hf.arguments import PrivacyArguments
 from dpfa_hf.errors import PrivacyError
-from dpfa_hf.per_example import packing, preflight
+from dpfa_hf.per_example import losses, packing, preflight
 from dpfa_hf.per_example.gradients import Batch, PerExampleGradients, PerExampleLoss
 
 NO_SEARCH = (
@@ -251,19 +252,112 @@ def refuse_callback(kind: type[TrainerCallback], privacy_args: PrivacyArguments)
 
 
 def refuse_adapter(model: nn.Module) -> None:
-    """PEFT configurations for which per-example gradients are not exact, or that read private data (P23)."""
+    """PEFT configurations for which per-example gradients are not exact, or that read private data (P23).
+
+    What is let through is what `benchmarks/adapters.py` holds against autograd; a kind or an option of LoRA that is not
+    known here is refused. So is a quantised base whose examples are not rounded one by one.
+    """
+    _refuse_quantised(model)
+    if type(model).__name__ == "PeftMixedModel":
+        raise PrivacyError("PeftMixedModel mixes kinds of adapters, which is not held against autograd; use PeftModel")
     for name, config in (getattr(model, "peft_config", None) or {}).items():
-        kind = config.peft_type.value
-        if kind != "LORA":
-            raise PrivacyError(f"adapter {name!r} is {kind}, whose per-example gradients are not exact: use LoraConfig")
-        for option in ("use_dora", "trainable_token_indices", "target_parameters"):
-            if getattr(config, option, None):
-                raise PrivacyError(f"LoraConfig.{option} has no exact per-example gradient; leave it out")
-        if str(config.init_lora_weights).lower() in ("eva", "corda", "lora_ga"):
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        if kind not in _EXACT_ADAPTERS:
+            why = _INEXACT_ADAPTERS.get(kind, "is not known here, so that its gradients are not known to be exact")
+            raise PrivacyError(f"adapter {name!r} is {kind}, which {why}: use LoraConfig")
+        for option, (refused, why) in _adapter_options(config, kind).items():
+            if refused:
+                raise PrivacyError(f"{type(config).__name__}.{option} {why}")
+        if kind == "LORA":
+            _refuse_lora_options(config)
+
+
+_EXACT_ADAPTERS = (
+    "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA", "HIRA", "HRA", "IA3",
+    "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT", "PEANUT", "PREFIX_TUNING", "PROMPT_TUNING", "PSOFT",
+    "P_TUNING", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA",
+    "VERA", "WAVEFT",
+)  # fmt: skip
+_INEXACT_ADAPTERS = {
+    "ADALORA": "adds a penalty of its own to the loss and prunes by gradients",
+    "ADAMSS": "chooses what it trains by gradients",
+    "ADAPTION_PROMPT": "trains vectors inside attention, for which there is no norm rule",
+    "CARTRIDGE": "begins with the keys and values of a text and has no norm rule",
+    "CPT": "weighs the loss by itself and projects its prompt after every step",
+    "LILY": "routes by an average over the whole batch, so that one example changes another",
+    "MULTITASK_PROMPT_TUNING": "needs task_ids beside the rows, which are not handed on",
+    "OSF": "changes gradients by hooks, which private gradients do not pass",
+    "POLY": "needs task_ids beside the rows, which are not handed on",
+    "PVERA": "draws random numbers in its forward, which no norm rule could draw again",
+    "SHADOW": "runs a second model beside the first, with a loss of its own",
+    "XLORA": "runs the model twice, the first time to weigh adapters by what it says of a row",
+}
+_DATA_FREE = ("true", "false", "gaussian", "loftq", "mica", "olora", "orthogonal", "pissa")
+# Anything else that is set is refused.
+_LORA_OPTIONS = (
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
+    "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
+    "layers_to_transform", "loftq_config", "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config",
+    "megatron_core", "modules_to_save", "peft_type", "peft_version", "r", "rank_pattern", "revision",
+    "runtime_config", "target_modules", "task_type", "trainable_token_indices", "use_dora", "use_rslora",
+)  # fmt: skip
+
+
+def _refuse_quantised(model: nn.Module) -> None:
+    """Frozen weights of 8 or 4 bits are constants like others, but what rounds activations may mix examples (P11)."""
+    for name, module in model.named_modules():
+        if getattr(getattr(module, "state", None), "threshold", 0) and type(module).__name__ == "Linear8bitLt":
             raise PrivacyError(
-                f"LoraConfig.init_lora_weights={config.init_lora_weights!r} computes the adapter from data before "
-                "step 1; use True, 'gaussian' or 'pissa'"
+                f"{name}: with llm_int8_threshold={module.state.threshold} an outlier in one row changes how its "  # type: ignore[union-attr]
+                "neighbours are rounded; load the model with BitsAndBytesConfig(llm_int8_threshold=0.0)"
             )
+    config = getattr(getattr(losses.base_model(model), "config", None), "quantization_config", None)
+    if config is None:
+        return
+    given = config if isinstance(config, Mapping) else vars(config)
+    method = str(getattr(given.get("quant_method"), "value", given.get("quant_method")))
+    kind = type(given.get("quant_type")).__name__
+    if method == "torchao" and not kind.endswith("WeightOnlyConfig"):
+        raise PrivacyError(
+            f"TorchAoConfig.quant_type={kind} rounds activations too, so that a row's loss changes with the "
+            "rows beside it; use Int8WeightOnlyConfig or another that rounds weights alone"
+        )
+    if method not in ("bitsandbytes", "torchao"):
+        raise PrivacyError(
+            f"a base quantised by {method} has not been held against autograd; use bitsandbytes, or torchao's configs "
+            "that round weights alone"
+        )
+
+
+def _adapter_options(config: Any, kind: str) -> dict[str, tuple[bool, str]]:
+    """Option -> whether it is refused, and why."""
+    encoder = str(getattr(config, "encoder_reparameterization_type", "MLP")).rpartition(".")[2]
+    return {
+        "encoder_reparameterization_type": (encoder != "MLP", f"is {encoder}, which has no norm rule; use 'MLP'"),
+        "coft": (bool(getattr(config, "coft", False)), "changes weights in the forward pass; set it to False"),
+        "mask_type": (
+            getattr(config, "mask_type", "random") != "random",
+            "may choose weights by private data before step 1; use 'random'",
+        ),
+    }
+
+
+def _refuse_lora_options(config: Any) -> None:
+    initial = str(config.init_lora_weights).lower()
+    if initial in ("eva", "corda", "lora_ga"):
+        raise PrivacyError(
+            f"LoraConfig.init_lora_weights={config.init_lora_weights!r} computes the adapter from data before step 1; "
+            "use True, 'gaussian' or 'pissa'"
+        )
+    if initial.partition("_niter_")[0] not in _DATA_FREE:
+        raise PrivacyError(
+            f"LoraConfig.init_lora_weights={config.init_lora_weights!r} is not known here and may read data before "
+            "step 1; use True, 'gaussian' or 'pissa'"
+        )
+    for option in dataclasses.fields(config):
+        value = getattr(config, option.name)
+        if option.name not in _LORA_OPTIONS and value and value != option.default:
+            raise PrivacyError(f"LoraConfig.{option.name} has no exact per-example gradient; leave it out")
 
 
 def _refuse_wide(model: nn.Module) -> None:

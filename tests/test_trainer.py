@@ -843,17 +843,8 @@ def eva() -> nn.Module:
     return model
 
 
-def ia3() -> nn.Module:
-    config = peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
-    return peft.get_peft_model(llama(), config)
-
-
-def prompt_tuned() -> nn.Module:
-    return peft.get_peft_model(llama(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-
-
-def vera() -> nn.Module:
-    return peft.get_peft_model(llama(), peft.VeraConfig(r=2, target_modules=["q_proj"]))
+def pvera() -> nn.Module:
+    return peft.get_peft_model(llama(), peft.PveraConfig(r=2, target_modules=["q_proj"]))
 
 
 class Opaque(nn.Module):
@@ -901,15 +892,9 @@ REFUSED_PARTS: dict[str, tuple[Any, tuple[str, ...]]] = {
     ),
     "search": (lambda f: build(f).hyperparameter_search(), ("hyperparameter_search", "loop over DPTrainer")),
     "trial": (lambda f: build(f).train(trial={"lr": 1}), ("hyperparameter_search", "loop over DPTrainer")),
-    "DoRA": (lambda f: build(f, adapter(use_dora=True)), ("use_dora", "leave it out")),
-    "token indices": (
-        lambda f: build(f, adapter(trainable_token_indices=[1])),
-        ("trainable_token_indices", "leave it out"),
-    ),
+    "QA-LoRA": (lambda f: build(f, adapter(use_qalora=True, qalora_group_size=4)), ("use_qalora", "leave it out")),
     "EVA": (lambda f: build(f, eva()), ("eva", "gaussian")),
-    "IA3": (lambda f: build(f, ia3()), ("IA3", "LoraConfig")),
-    "VeRA": (lambda f: build(f, vera()), ("VERA", "LoraConfig")),
-    "prompt tuning": (lambda f: build(f, prompt_tuned()), ("PROMPT_TUNING", "LoraConfig")),
+    "PVeRA": (lambda f: build(f, pvera()), ("PVERA", "LoraConfig")),
     "layer without a rule": (
         lambda f: build(f, Opaque(), per_example_loss_fn=lambda m, b: m.weight),
         ("Opaque", "requires_grad_(False)"),

@@ -20,7 +20,7 @@ from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dpfa_hf.errors import PrivacyError
-from dpfa_hf.per_example import layers, packing
+from dpfa_hf.per_example import adapters, layers, packing
 from dpfa_hf.per_example.layers import LayerCall, PerExampleGradient
 from dpfa_hf.per_example.shards import Shards
 from dpfa_hf.per_example.streaming import Stream, Uses, changed_in_place
@@ -116,7 +116,7 @@ class PerExampleGradients:
         self._layers = covered_layers(model)
         # By layer, its trainable parameters: own name -> name in the model. FSDP2 puts others there while they compute.
         self._own = {
-            layer: {own: self.parameters[id(p)][0] for own, p in _trainable(module).items()}
+            layer: {own: self.parameters[id(p)][0] for own, p in adapters.trainable(module).items()}
             for layer, module in self._layers.items()
         }
         self._gathered: dict[str, torch.Tensor] = {}
@@ -265,7 +265,8 @@ class PerExampleGradients:
         if self.shards is not None:
             handles += [module.register_forward_pre_hook(self._see(name)) for name, module in self._layers.items()]
         try:
-            yield
+            with adapters.prompts_by_example(self.model):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -333,7 +334,7 @@ class PerExampleGradients:
 
     def _see(self, name: str) -> Callable:
         def see(module: nn.Module, args: tuple) -> None:
-            for own, parameter in _trainable(module).items() if self._infer_layouts else ():
+            for own, parameter in adapters.trainable(module).items() if self._infer_layouts else ():
                 if self._gathered.setdefault(self._own[name][own], parameter) is not parameter:
                     raise PrivacyError(
                         f"{name}.{own} is tied to another layer's weight, but FSDP2 gathers the two apart, so that "
@@ -491,7 +492,7 @@ class _Detach:
 
 
 def covered_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> module for every module that owns a trainable parameter.
+    """Name -> module for every module that answers for a trainable parameter (`adapters.trainable`).
 
     Raises:
         PrivacyError: naming the first module without a rule, and the way out.
@@ -499,9 +500,10 @@ def covered_layers(model: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     uncovered: list[tuple[str, nn.Module, dict[str, nn.Parameter]]] = []
     covered: set[int] = set()
+    inside: set[nn.Module] = set()
     for name, module in model.named_modules():
-        own = _trainable(module)
-        if not own:
+        own = adapters.trainable(module)
+        if not own or module in inside:
             continue
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise PrivacyError(f"{name} is a {type(module).__name__}: it mixes the examples of a batch; use LayerNorm")
@@ -515,6 +517,8 @@ def covered_layers(model: nn.Module) -> dict[str, nn.Module]:
         else:
             found[name] = module
             covered.update(map(id, own.values()))
+            if adapters.is_whole(module):
+                inside.update(module.modules())
     for name, module, own in uncovered:
         missing = [n for n, p in own.items() if id(p) not in covered]
         if missing:
@@ -523,12 +527,6 @@ def covered_layers(model: nn.Module) -> dict[str, nn.Module]:
                 f"{', '.join(missing)}); freeze it with requires_grad_(False) or add one with dpfa_hf.register_rule"
             )
     return found
-
-
-def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """A module's own trainable parameters, tied ones too."""
-    own = module.named_parameters(recurse=False, remove_duplicate=False)
-    return {name: parameter for name, parameter in own if parameter.requires_grad}
 
 
 def _refuse_large(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:

@@ -15,7 +15,7 @@ Add a layer type with one function::
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -333,12 +333,14 @@ class Lookup:
         grad: [B, T, columns], float of any precision; or [N, columns].
         num_rows: rows of the table.
         segments: where the examples lie among the tokens, if they are packed.
+        transposed: whether the parameter is the table's transpose, [columns, num_rows].
     """
 
     index: torch.Tensor
     grad: torch.Tensor
     num_rows: int
     segments: Segments | None = None
+    transposed: bool = False
 
     @cached_property
     def mass(self) -> torch.Tensor:
@@ -370,12 +372,14 @@ class Lookup:
         return out.index_add_(0, key // self.num_rows, squared)
 
     def add_weighted_sum(self, weights: torch.Tensor, out: torch.Tensor) -> None:
-        """out[index] += weights_i grad; weights [B], out [num_rows, columns]."""
+        """out[index] += weights_i grad; weights [B], out the parameter's shape."""
+        out = out.t() if self.transposed else out
         grad = self.grad.flatten(0, -2).to(out.dtype) * _token_weights(weights, self.grad, self.segments).to(out.dtype)
         out.index_add_(0, self.index.flatten(), grad)
 
     def add_one_by_one(self, weights: torch.Tensor, out: torch.Tensor) -> None:
         """As `add_weighted_sum`, with every example's repeated indices added up before anything is added to `out`."""
+        out = out.t() if self.transposed else out
         for i, weight in enumerate(weights):
             index, grad = self.tokens(i)
             rows, slot = torch.unique(index, return_inverse=True)
@@ -394,21 +398,23 @@ class Lookup:
 
     def zero_rows(self, keep: torch.Tensor) -> Lookup:
         drop = ~_by_token(keep, self.grad, self.segments)
-        return Lookup(self.index, self.grad.masked_fill(drop, 0), self.num_rows, self.segments)
+        return replace(self, grad=self.grad.masked_fill(drop, 0))
 
     def double(self) -> Lookup:
-        return Lookup(self.index, self.grad.double(), self.num_rows, self.segments)
+        return replace(self, grad=self.grad.double())
 
     def padded(self) -> Lookup:
         """The same with every example in a row of its own, [B, longest, ...]."""
         if self.segments is None:
             return self
-        return Lookup(self.segments.unpack(self.index, 0), self.segments.unpack(self.grad, 0), self.num_rows)
+        index, grad = self.segments.unpack(self.index, 0), self.segments.unpack(self.grad, 0)
+        return replace(self, index=index, grad=grad, segments=None)
 
     def example(self, i: int) -> torch.Tensor:
         out = torch.zeros(self.num_rows, self.grad.shape[-1], dtype=torch.float64, device=self.grad.device)
         index, grad = self.tokens(i)
-        return out.index_add_(0, index, grad.double())
+        out.index_add_(0, index, grad.double())
+        return out.t() if self.transposed else out
 
     def tokens(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         """index and grad of example i, [T] and [T, columns]."""
@@ -472,7 +478,7 @@ def combined_squared_norm(uses: Sequence[PerExampleGradient]) -> torch.Tensor:
         return uses[0].squared_norm()
     outer = [use for use in uses if isinstance(use, Outer)]
     lookup = [use for use in uses if isinstance(use, Lookup)]
-    if len(outer) == len(lookup) == 1 and len(uses) == 2:
+    if len(outer) == len(lookup) == 1 and len(uses) == 2 and not lookup[0].transposed:
         if fused(outer[0].left, outer[0].right, lookup[0].grad):
             return _tied_squared_norm(outer[0], lookup[0])
         cross = _outer_lookup_product(outer[0], lookup[0])
@@ -517,7 +523,7 @@ def merge_uses(uses: Sequence[PerExampleGradient]) -> list[PerExampleGradient]:
     if len(lookup) > 1:
         lookup = [use.padded() for use in lookup]
         index = torch.cat([use.index for use in lookup], 1)
-        lookup = [Lookup(index, torch.cat([use.grad for use in lookup], 1), lookup[0].num_rows)]
+        lookup = [replace(lookup[0], index=index, grad=torch.cat([use.grad for use in lookup], 1))]
     if len(dense) > 1:
         dense = [Dense(sum((use.grads for use in dense[1:]), dense[0].grads))]
     return [*outer, *lookup, *dense]
@@ -626,20 +632,21 @@ class LayerCall:
 
 
 Rule = Callable[[LayerCall], dict[str, PerExampleGradient]]
-_RULES: dict[Callable, Rule] = {}
+_RULES: dict[Callable | str, Rule] = {}
 
 
-def register_rule(*layer_types: type[nn.Module]) -> Callable[[Rule], Rule]:
+def register_rule(*layer_types: type[nn.Module] | str) -> Callable[[Rule], Rule]:
     """Register the rule of a layer type, as a decorator.
 
-    The rule is chosen by the layer's own ``forward``: a subclass that changes it does not inherit the rule. It takes a
-    `LayerCall` and returns, for each of the layer's own trainable parameters by name, an `Outer`, `Lookup` or `Dense`.
-    It may assume nothing: before the first step every rule is held against autograd on synthetic rows.
+    The rule is chosen by the layer's own ``forward``: a subclass that changes it does not inherit the rule. A type may
+    be given by its name, "package.module.Class" where its forward is defined, so that it need not be imported. A rule
+    takes a `LayerCall` and returns, for each of the layer's own trainable parameters by name, an `Outer`, `Lookup` or
+    `Dense`. It may assume nothing: before the first step every rule is held against autograd on synthetic rows.
     """
 
     def decorate(rule: Rule) -> Rule:
         for layer_type in layer_types:
-            _RULES[layer_type.forward] = rule
+            _RULES[f"{layer_type}.forward" if isinstance(layer_type, str) else layer_type.forward] = rule
         return rule
 
     return decorate
@@ -647,7 +654,8 @@ def register_rule(*layer_types: type[nn.Module]) -> Callable[[Rule], Rule]:
 
 def find_rule(module: nn.Module) -> Rule | None:
     """The rule for a layer, or None: the layer's trainable parameters must then be refused."""
-    rule = _RULES.get(type(module).forward)
+    forward = type(module).forward
+    rule = _RULES.get(forward) or _RULES.get(f"{forward.__module__}.{forward.__qualname__}")
     if rule is not None:
         return rule
     if isinstance(module, nn.Embedding):
@@ -672,7 +680,7 @@ def _bias(call: LayerCall) -> Dense:
     return sum_positions(call.grad_tokens, call.packing)
 
 
-@register_rule(nn.Linear)
+@register_rule(nn.Linear, "transformers.models.falcon.modeling_falcon.FalconLinear")
 def _linear(call: LayerCall) -> dict[str, PerExampleGradient]:
     weight = Outer(call.grad_tokens, call.tokens(call.inputs[0]), call.packing)
     out: dict[str, PerExampleGradient] = {"weight": weight}
@@ -734,6 +742,7 @@ def _embedding_subclass(call: LayerCall) -> dict[str, PerExampleGradient]:
     return {"weight": Lookup(index, grad * scale[..., None].to(grad.dtype), module.num_embeddings)}
 
 
+@register_rule("transformers.models.nemotron.modeling_nemotron.NemotronLayerNorm1P")
 def _elementwise_norm(call: LayerCall) -> dict[str, PerExampleGradient]:
     """LayerNorm and every variant of RMSNorm: the layer's own forward, differentiated example by example.
 

@@ -37,6 +37,13 @@ def base_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
+def _prompt_length(model: Any) -> int:
+    """Soft tokens that PEFT puts before a row's own, and of which a language model has logits too."""
+    config = (getattr(model, "peft_config", None) or {}).get(getattr(model, "active_adapter", None))
+    kind = getattr(config, "peft_type", None)
+    return config.num_virtual_tokens if kind in ("PROMPT_TUNING", "P_TUNING") else 0  # type: ignore[union-attr]
+
+
 def task_of(model: nn.Module) -> str:
     """The task of a Transformers model, from the auto-class that lists its class.
 
@@ -92,6 +99,7 @@ def per_example_loss(model: nn.Module, task: str) -> Callable[[nn.Module, Mappin
         gradient; it neither raises nor touches its neighbours (P23).
     """
     config = base_model(model).config
+    prompt = _prompt_length(model)
     takes_use_cache = "use_cache" in inspect.signature(base_model(model).forward).parameters
 
     def loss(called: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
@@ -123,10 +131,11 @@ def per_example_loss(model: nn.Module, task: str) -> Callable[[nn.Module, Mappin
         if task == "sequence_classification":
             return _classification(logits, labels[0], config)
         if task == "causal_lm":
-            targets, mask = next_token_labels(labels[0]), inputs.get("attention_mask")
+            targets = next_token_labels(F.pad(labels[0], (prompt, 0), value=IGNORE_INDEX))
+            mask = inputs.get("attention_mask")
             if mask is not None and mask.shape == labels[0].shape:
                 # With left padding the first token would be predicted from padding, but only beside longer neighbours.
-                targets = targets.masked_fill(mask == 0, IGNORE_INDEX)
+                targets = targets.masked_fill(F.pad(mask, (prompt, 0), value=1) == 0, IGNORE_INDEX)
             return _token_mean(logits, targets)
         return _token_mean(logits, labels[0])
 

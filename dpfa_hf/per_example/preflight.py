@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from dpfa_hf.errors import PrivacyError
-from dpfa_hf.per_example import layers, packing
+from dpfa_hf.per_example import adapters, layers, packing
 from dpfa_hf.per_example.gradients import Batch, PerExampleGradients, PerExampleLoss, batch_size
 from dpfa_hf.per_example.losses import IGNORE_INDEX, base_model
 
@@ -96,10 +96,15 @@ def synthetic_rows(
     """Invented rows with the given columns, one for each of `lengths`, as lists and numbers for a data collator."""
     config = getattr(base_model(model), "config", None)
     generator = torch.Generator().manual_seed(0)
-    return [
+    rows: list[dict] = [
         {name: _value(name, column, length, config, task, generator) for name, column in columns.items()}
         for length in lengths
     ]
+    tokens = adapters.trained_tokens(model)
+    for row in rows if tokens and columns.get("input_ids") == Column("int", (None,)) else ():
+        every_other = row["input_ids"][1::2]
+        row["input_ids"][1::2] = [tokens[token % len(tokens)] for token in every_other]
+    return rows
 
 
 def _value(
@@ -403,7 +408,7 @@ def _tolerance(engine: PerExampleGradients, table: Mapping[torch.dtype, float]) 
 
 
 @contextlib.contextmanager
-def _differentiable_embeddings(model: nn.Module, size: int) -> Iterator[list[torch.Tensor]]:
+def _differentiable_embeddings(model: nn.Module, size: int, packed: bool) -> Iterator[list[torch.Tensor]]:
     """Cuts the graph at every embedding that is looked up per entry and collects its outputs as leaves.
 
     There are `size` entries, examples in the first dimension or tokens of a packed row in the first or second.
@@ -411,13 +416,14 @@ def _differentiable_embeddings(model: nn.Module, size: int) -> Iterator[list[tor
     leaves: list[torch.Tensor] = []
 
     def cut(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
-        if not torch.is_grad_enabled() or (output.shape[0] != size and output.shape[:2] != (1, size)):
+        per_entry = output.shape[0] == size or (packed and output.shape[:2] == (1, size))
+        if not torch.is_grad_enabled() or not per_entry:
             return None
         leaf = output.detach().requires_grad_()
         leaves.append(leaf)
         return leaf
 
-    handles = [m.register_forward_hook(cut) for m in model.modules() if isinstance(m, nn.Embedding)]
+    handles = [m.register_forward_hook(cut) for m in model.modules() if adapters.is_embedding(m)]
     try:
         yield leaves
     finally:
@@ -440,7 +446,7 @@ def _check_isolation(loss: PerExampleLoss, called: nn.Module, model: nn.Module, 
             "makes the rows of a batch depend on each other): load the model with attn_implementation='dp_flash', or "
             "use a data_collator that pads"
         )
-    with torch.enable_grad(), _differentiable_embeddings(model, len(owner)) as leaves:
+    with torch.enable_grad(), _differentiable_embeddings(model, len(owner), segments is not None) as leaves:
         torch.manual_seed(0)
         losses = loss(called, inputs)
         leaves = leaves + [v for k, v in inputs.items() if _is_differentiable(k, v)]

@@ -8,6 +8,7 @@ of `layers.py` see rows and know nothing of units.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class Units:
             return Outer(left, self._tokens(gradient.right)[0], segments)
         if isinstance(gradient, Lookup):
             grad, segments = self._tokens(gradient.grad)
-            return Lookup(self._tokens(gradient.index)[0], grad, gradient.num_rows, segments)
+            return replace(gradient, index=self._tokens(gradient.index)[0], grad=grad, segments=segments)
         mass = gradient.mass_of_terms
         return Dense(self._sum(gradient.grads), None if mass is None else self._sum(mass))
 

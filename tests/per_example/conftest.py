@@ -33,6 +33,20 @@ _SEQ2SEQ = {
     "decoder_ffn_dim": 24,
 }
 
+_AUDIO = {
+    "num_labels": 3,
+    "classifier_proj_size": 8,
+    "conv_dim": (8, 8),
+    "conv_kernel": (3, 2),
+    "conv_stride": (2, 1),
+    "feat_extract_norm": "layer",
+    "num_conv_pos_embeddings": 3,
+    "num_conv_pos_embedding_groups": 2,
+    "layerdrop": 0.0,
+    "apply_spec_augment": False,
+    "mask_time_prob": 0.0,
+}
+
 # name -> (head, configuration class, its arguments)
 FAMILIES: dict[str, tuple[str, str, dict]] = {
     "bert": ("BertForSequenceClassification", "BertConfig", {**_TEXT, "num_labels": 3}),
@@ -142,6 +156,99 @@ FAMILIES: dict[str, tuple[str, str, dict]] = {
         "ViTConfig",
         {**_SIZE, "image_size": 8, "patch_size": 4, "num_labels": 3},
     ),
+    "deit": (
+        "DeiTForImageClassification",
+        "DeiTConfig",
+        {**_SIZE, "image_size": 8, "patch_size": 4, "num_labels": 3},
+    ),
+    "beit": (
+        "BeitForImageClassification",
+        "BeitConfig",
+        {**_SIZE, "image_size": 8, "patch_size": 4, "num_labels": 3, "out_indices": [0], "drop_path_rate": 0.0},
+    ),
+    "swin": (
+        "SwinForImageClassification",
+        "SwinConfig",
+        {
+            "image_size": 8,
+            "patch_size": 2,
+            "embed_dim": 8,
+            "depths": [1, 1],
+            "num_heads": [2, 2],
+            "window_size": 2,
+            "num_labels": 3,
+            "drop_path_rate": 0.0,
+        },
+    ),
+    "wav2vec2": ("Wav2Vec2ForSequenceClassification", "Wav2Vec2Config", {**_SIZE, **_AUDIO}),
+    "hubert": ("HubertForSequenceClassification", "HubertConfig", {**_SIZE, **_AUDIO}),
+    "deberta-v2": ("DebertaV2ForSequenceClassification", "DebertaV2Config", {**_TEXT, "type_vocab_size": 0}),
+    "mpnet": ("MPNetForSequenceClassification", "MPNetConfig", _TEXT),
+    "xlm-roberta": ("XLMRobertaForTokenClassification", "XLMRobertaConfig", {**_TEXT, "num_labels": 3}),
+    "layoutlm": ("LayoutLMForSequenceClassification", "LayoutLMConfig", _TEXT),
+    "gpt-neo": (
+        "GPTNeoForCausalLM",
+        "GPTNeoConfig",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 16,
+            "num_layers": 2,
+            "num_heads": 4,
+            "intermediate_size": 24,
+            "max_position_embeddings": 32,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": 4,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+    "gptj": (
+        "GPTJForCausalLM",
+        "GPTJConfig",
+        {
+            "vocab_size": VOCABULARY,
+            "n_embd": 16,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 32,
+            "rotary_dim": 4,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+    "bloom": (
+        "BloomForCausalLM",
+        "BloomConfig",
+        {"vocab_size": VOCABULARY, "hidden_size": 16, "n_layer": 2, "n_head": 4, **_SPECIAL},
+    ),
+    "falcon": ("FalconForCausalLM", "FalconConfig", {**_DECODER, "ffn_hidden_size": 24, "alibi": False}),
+    "phi": ("PhiForCausalLM", "PhiConfig", _DECODER),
+    "gemma": ("GemmaForCausalLM", "GemmaConfig", _HEADS),
+    "cohere": ("CohereForCausalLM", "CohereConfig", _DECODER),
+    "granite": ("GraniteForCausalLM", "GraniteConfig", _DECODER),
+    "stablelm": ("StableLmForCausalLM", "StableLmConfig", _DECODER),
+    "starcoder2": ("Starcoder2ForCausalLM", "Starcoder2Config", _DECODER),
+    "nemotron": ("NemotronForCausalLM", "NemotronConfig", _HEADS),
+    "llama-cls": ("LlamaForSequenceClassification", "LlamaConfig", {**_HEADS, "num_labels": 3}),
+    "pegasus": ("PegasusForConditionalGeneration", "PegasusConfig", {**_SEQ2SEQ, "max_position_embeddings": 32}),
+    "marian": (
+        "MarianMTModel",
+        "MarianConfig",
+        {**_SEQ2SEQ, "max_position_embeddings": 32, "pad_token_id": 0, "decoder_start_token_id": 0},
+    ),
+    "mt5": (
+        "MT5ForConditionalGeneration",
+        "MT5Config",
+        {
+            "vocab_size": VOCABULARY,
+            "d_model": 16,
+            "d_kv": 4,
+            "d_ff": 24,
+            "num_layers": 2,
+            "num_heads": 4,
+            "decoder_start_token_id": 0,
+        },
+    ),
     "gpt-oss": ("GptOssForCausalLM", "GptOssConfig", {**_HEADS, "num_local_experts": 2, "num_experts_per_tok": 1}),
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**_HEADS, "num_local_experts": 2}),
 }
@@ -160,7 +267,10 @@ def build(family: str, *, dtype: torch.dtype = torch.float64, dropout: float = 0
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    if family == "t5":
+    if hasattr(model, "freeze_feature_encoder"):
+        # Or else it asks for a gradient of its input, which fails where that has one already.
+        model.freeze_feature_encoder()
+    if family in ("t5", "mt5"):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not name.endswith("relative_attention_bias.weight"))
     return model.to(dtype).train()
@@ -191,8 +301,10 @@ def rows_of(family: str, model: Any, lengths: Sequence[int] = LENGTHS) -> list[d
 
     rows = []
     for length in lengths:
-        if family == "vit":
+        if model.main_input_name == "pixel_values":
             row: dict[str, torch.Tensor] = {"pixel_values": torch.randn(3, 8, 8, generator=generator).to(dtype)}
+        elif model.main_input_name == "input_values":
+            row = {"input_values": torch.randn(40, generator=generator).to(dtype)}
         elif family == "whisper":
             row = {"input_features": torch.randn(4, 10, generator=generator).to(dtype)}
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -34,17 +35,30 @@ def one_process() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def llama(*, tied: bool = True, norm: bool = False, head: bool = False, cut: bool = True, **policy: Any) -> nn.Module:
-    """Two blocks; cut block by block, its last norm and its head by themselves if asked."""
+def llama(
+    *,
+    tied: bool = True,
+    norm: bool = False,
+    head: bool = False,
+    cut: bool = True,
+    adapter: peft.PeftConfig | None = None,
+    **policy: Any,
+) -> nn.Module:
+    """Two blocks; cut block by block, its last norm and its head by themselves if asked. Adapters are random."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=31, hidden_size=16, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, tie_word_embeddings=tied,
     )  # fmt: skip
-    model: Any = transformers.LlamaForCausalLM(config)
+    base: Any = transformers.LlamaForCausalLM(config)
+    model = base if adapter is None else peft.get_peft_model(base, adapter)
+    if adapter is not None:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.1 * torch.randn(parameter.shape) * parameter.requires_grad
     if cut:
         mesh = init_device_mesh("cpu", (1,))
-        parts = [*model.model.layers, *[model.model.norm] * norm, *[model.lm_head] * head, model]
+        parts = [*base.model.layers, *[base.model.norm] * norm, *[base.lm_head] * head, model]
         for part in parts:
             fully_shard(part, mesh=mesh, **policy)
     return model
@@ -64,6 +78,28 @@ def test_a_cut_model_gives_the_clipped_sums_of_a_whole_one(clipping: str, option
     assert found.keys() == wanted.keys()
     for name, total in wanted.items():
         assert torch.allclose(found[name], total, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        peft.LoraConfig(r=2, target_modules="all-linear"),
+        peft.LoraConfig(r=2, target_modules=["embed_tokens"]),
+        peft.TrainableTokensConfig(token_indices=[3, 5, 7], target_modules=["embed_tokens"]),
+        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    ],
+    ids=["LoRA", "LoRA on embeddings", "trainable tokens", "prompt tuning"],
+)
+def test_adapters_are_cut_with_their_frozen_base(adapter: peft.PeftConfig) -> None:
+    found, wanted = clipped(llama(adapter=adapter)), clipped(llama(adapter=adapter, cut=False))
+    assert found.keys() == wanted.keys() and all(total.any() for total in wanted.values())
+    assert all(torch.allclose(found[name], total, rtol=1e-4, atol=1e-6) for name, total in wanted.items())
+
+
+def test_an_adapter_that_needs_its_layer_in_one_piece_is_refused() -> None:
+    config = peft.IA3Config(target_modules=["q_proj", "up_proj"], feedforward_modules=["up_proj"])
+    with pytest.raises(PrivacyError, match="in one piece, and FSDP2 has spread them"):
+        clipped(llama(adapter=config))
 
 
 def test_checkpointed_activations_change_nothing() -> None:
