@@ -96,6 +96,7 @@ compile-all: $(VENV)/.test
 
 tables: $(VENV)/.test $(SDIST)
 	$(BIN)/python benchmarks/families.py
+	$(BIN)/python benchmarks/trainers.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/adapters.py
 
 clean:

@@ -132,20 +132,22 @@ def strike(job: Job, server: Any, victim: str, how: signal.Signals, chance: rand
 def problems(job: Job) -> list[str]:
     """What is wrong with the ledger, and with the weights of the checkpoints that are whole."""
     found: list[str] = []
+    steps: list[tuple[str, int]] = []
+    for state in (job.folder / "long" / "out").glob("checkpoint-*/trainer_state.json"):
+        with contextlib.suppress(ValueError, OSError):  # ranks that outlive their launcher may write or delete it
+            step = json.loads(state.read_text())["global_step"]
+            steps.append((json.loads((state.parent / "privacy.json").read_text())["run"], step))
+            if not all(t.isfinite().all() for t in load_file(state.parent / "model.safetensors").values()):
+                found.append(f"checkpoint {step} is not finite")
+    # Only now, for the same reason: a step is charged before it is in a checkpoint.
     with job.ledger() as ledger:
         found += ledger.verify()
         charged = {run.run: run.steps for run in ledger.runs()}
         if any(run.steps > run.max_steps for run in ledger.runs()):
             found.append("more steps than the plan has")
-    for state in (job.folder / "long" / "out").glob("checkpoint-*/trainer_state.json"):
-        with contextlib.suppress(ValueError):
-            step = json.loads(state.read_text())["global_step"]
-            report = json.loads((state.parent / "privacy.json").read_text())
-            if step > charged[report["run"]]:
-                found.append(f"checkpoint {step} is of more steps than the ledger has charged")
-            if not all(t.isfinite().all() for t in load_file(state.parent / "model.safetensors").values()):
-                found.append(f"checkpoint {step} is not finite")
-    return found
+    return found + [
+        f"checkpoint {step} is of more steps than the ledger has charged" for run, step in steps if step > charged[run]
+    ]
 
 
 def complete(job: Job) -> list[str]:
