@@ -50,8 +50,9 @@ def main() -> None:
         with torch.no_grad():
             right += int((model(**batch.to(accelerator.device)).logits.argmax(-1) == batch["labels"]).sum())
     spent = loop.privacy_spent()
-    accelerator.print(f"accuracy with privacy    : {right / rows:.4f} on {rows} held-out reviews (chance 0.50)")
-    accelerator.print(f"epsilon                  : {spent.epsilon:.3f} at delta {spent.delta:g}")
+    if accelerator.is_main_process:
+        print(f"accuracy with privacy    : {right / rows:.4f} on {rows} held-out reviews (chance 0.50)")
+        print(f"epsilon                  : {spent.epsilon:.3f} at delta {spent.delta:g}")
 
 
 if __name__ == "__main__":
