@@ -66,8 +66,6 @@ demo-mails: $(VENV)/.base $(MAILS)
 # Two workers with one thread each: threads of several processes that wait for one another cost more than they give.
 test: export OMP_NUM_THREADS := 1
 test: $(VENV)/.test $(SDIST) $(MAILS)
-	$(BIN)/python -m ruff check .
-	$(BIN)/python -m mypy
 	$(BIN)/python tests/run.py
 
 lint: $(VENV)/.test

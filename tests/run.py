@@ -1,7 +1,7 @@
-"""Runs the whole test suite, as `make test` does, in three processes of pytest, and adds up their summaries.
+"""Runs the whole test suite, as `make test` does, in two processes of pytest, and adds up their summaries.
 
-Triton reads whether to interpret when it is imported, so kernels are interpreted in a process of their own, and
-compiled for chips that are not here in another.
+Triton reads whether to interpret when it is imported, so kernels are interpreted in a process of their own; all other
+tests, and the builds for chips that are not here, are in the other one.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import time
 from collections import Counter
 
 SUITES = {
-    "package": ("not interpreter and not compiled", {}),
+    "package, and kernels compiled": ("not interpreter", {}),
     "kernels, interpreted": ("interpreter", {"TRITON_INTERPRET": "1"}),
-    "kernels, compiled": ("compiled", {}),
 }
 # The last line of pytest, such as "=== 1 failed, 12 passed, 3 deselected, 2 warnings in 4.56s (0:00:04) ===".
 SUMMARY = re.compile(r"^=* ?((?:\d+ [a-z]+,? ?)+) in [\d.]+s.*$")

@@ -253,7 +253,7 @@ def representatives() -> Iterator[Variant]:
             wanted = everything and variant.width == 192
         else:
             wanted = (
-                everything and variant.width in (96, 192)
+                everything and variant.width == 192
                 or most and variant.width == 192
                 or variant.features == ("causal",) and variant.architecture == "sm_90"
             )  # fmt: skip
