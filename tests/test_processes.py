@@ -431,3 +431,19 @@ def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch: pytes
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(PrivacyError, match="one of 2 processes"):
         Processes()
+
+
+def test_the_page_states_the_costs_that_were_recorded() -> None:
+    folder = WORKER.parent.parent / "benchmarks"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        spec = importlib.util.spec_from_file_location("processes_benchmark", folder / "processes.py")
+        assert spec is not None and spec.loader is not None
+        benchmark = importlib.util.module_from_spec(spec)
+        before = sys.modules.pop("sentiment", None)
+        spec.loader.exec_module(benchmark)
+        sys.modules.pop("sentiment", None)
+        if before is not None:
+            sys.modules["sentiment"] = before
+    page = benchmark.PAGE.read_text()
+    assert benchmark.rendered(page) == page
