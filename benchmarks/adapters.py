@@ -426,6 +426,32 @@ def _versions(*names: str) -> dict[str, str]:
     return {name: importlib.import_module(name).__version__ for name in names if importlib.util.find_spec(name)}
 
 
+# In the file a cell is a sign and a number, and an adapter's row one line of them, in the order of the architectures.
+_SIGNS = {EXACT: "=", REFUSED: "r", NOT_APPLICABLE: "-", INEXACT: "!"}
+
+
+def read() -> dict[str, Any]:
+    """The stored results, by adapter and architecture."""
+    results = json.loads(RESULTS.read_text())
+    kinds = {sign: kind for kind, sign in _SIGNS.items()}
+    families = results.pop("architectures")
+    for adapter, row in results["cells"].items():
+        cells = [f"{kinds[cell[0]]} {cell[1:]}" for cell in row.split()]
+        results["cells"][adapter] = dict(zip(families, cells, strict=True))
+    return results
+
+
+def write(results: Mapping[str, Any]) -> None:
+    """Stores results so that `read` gives them back."""
+    cells = {
+        adapter: " ".join(f"{_SIGNS[kind]}{detail}" for kind, detail in map(split, row.values()))
+        for adapter, row in results["cells"].items()
+    }
+    families = list(next(iter(results["cells"].values())))
+    stored = {**results, "architectures": families, "cells": cells}
+    RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
+
+
 MARKS = {EXACT: "=", REFUSED: "r", NOT_APPLICABLE: "", INEXACT: "**!**"}
 
 
@@ -535,7 +561,7 @@ def main() -> None:
     parser.add_argument("--quantised", action="store_true", help="compute the quantised bases alone")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = read() if RESULTS.exists() else {}
     if not arguments.render:
         lab = load_lab()
         # What this machine has no package for stays as it was computed where there was one.
@@ -543,7 +569,7 @@ def main() -> None:
         kept = results.get("quantised", found)
         results = results if arguments.quantised else compute(lab)
         results["quantised"] = found if found["cells"] else kept
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        write(results)
     PAGE.write_text(replaced(PAGE.read_text(), render(results)))
     if wrong := inexact(results):
         sys.exit("accepted, and not exact: " + "; ".join(wrong))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -69,7 +68,7 @@ def lab(table: ModuleType) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def results(table: ModuleType) -> dict:
-    return json.loads(table.RESULTS.read_text())
+    return table.read()
 
 
 @pytest.fixture(autouse=True)
