@@ -246,8 +246,8 @@ def adapted(lab: ModuleType, family: str, adapter: str) -> tuple[Any, str]:
                 return None, "the model has no place for it"
             model = peft.get_peft_model(model, configuration)
         except Exception as error:  # whatever PEFT says of a model that it does not serve
-            return None, f"PEFT: {_first_line(error)}"
-    return _shaken(model.to(torch.float32 if family in ("gpt-oss", "mixtral") else torch.float64).train()), ""
+            return None, f"PEFT: {first_line(error)}"
+    return shaken(model.to(torch.float32 if family in ("gpt-oss", "mixtral") else torch.float64).train()), ""
 
 
 def outcome(lab: ModuleType, family: str, adapter: str, adapt: Callable = adapted) -> tuple[str, str]:
@@ -266,7 +266,7 @@ def outcome(lab: ModuleType, family: str, adapter: str, adapt: Callable = adapte
         try:
             gradients = lab.row_gradients(model, rows)
         except Exception as error:  # the stock model's, with one row and its own loss
-            return NOT_APPLICABLE, f"without privacy the model fails: {_first_line(error)}"
+            return NOT_APPLICABLE, f"without privacy the model fails: {first_line(error)}"
         try:
             engine = checked_engine(model)
         except PrivacyError as error:
@@ -359,13 +359,13 @@ def quantised(base: str) -> Callable[[ModuleType, str, str], tuple[Any, str]]:
                 )
             model = peft.get_peft_model(model, ADAPTERS[adapter](peft, Places.of(stock))).train()
         except Exception as error:  # whatever a package says of this machine
-            return None, _first_line(error)
-        return _shaken(model), ""
+            return None, first_line(error)
+        return shaken(model), ""
 
     return adapt
 
 
-def _shaken(model: Any) -> Any:
+def shaken(model: Any) -> Any:
     """The model with every trainable parameter moved, so that no gradient vanishes by an initial zero."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -375,7 +375,7 @@ def _shaken(model: Any) -> Any:
     return model
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0][:160]}" if text else type(error).__name__
 

@@ -27,7 +27,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from adapters import ADAPTERS, EXACT, INEXACT, NOT_APPLICABLE, REFUSED, Places, Words, _first_line, _shaken, replaced
+from adapters import ADAPTERS, EXACT, INEXACT, NOT_APPLICABLE, REFUSED, Places, Words, first_line, replaced, shaken
 from torch import nn
 from torch.nn import functional as F
 
@@ -104,17 +104,17 @@ def outcome(
                 configuration.token_indices = list(range(5, len(texts.WORDS)))
             options["peft_config"] = configuration
         elif kind == "dpo":
-            options["ref_model"] = _shaken(copy.deepcopy(model))
+            options["ref_model"] = shaken(copy.deepcopy(model))
         with tempfile.TemporaryDirectory() as folder:
             try:
                 trainer = texts.build(kind, Path(folder), model=model, **options)
             except Exception as error:  # whatever TRL or PEFT says
-                return NOT_APPLICABLE, _first_line(error)
-            _shaken(trainer.model)
+                return NOT_APPLICABLE, first_line(error)
+            shaken(trainer.model)
             try:
                 parts = gradients(texts, trainer, kind)
             except Exception as error:
-                return NOT_APPLICABLE, f"without privacy the model fails: {_first_line(error)}"
+                return NOT_APPLICABLE, f"without privacy the model fails: {first_line(error)}"
             norm = sorted(map(texts.norm, parts))[texts.N // 2]
             try:
                 asked = texts.privacy(Path(folder), per_example_max_grad_norm=norm, expected_batch_size=5, **private)
@@ -190,7 +190,7 @@ def dpo_loss(texts: ModuleType, model: Any, reference: nn.Module | None, i: int)
     return F.softplus(-0.1 * (gains[0] - gains[1]))
 
 
-LOSSES = {"completion": completion_loss, "completion, padding-free": completion_loss, "reward": reward_loss}
+LOSSES = {"completion": completion_loss, "reward": reward_loss}
 
 
 def compute(texts: ModuleType) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from dpfa_hf.refusals import (
     refuse_dataset,
     refuse_other_rows,
     refuse_packing,
+    refuse_parallel,
     refuse_reentrant,
 )
 from dpfa_hf.report import build_report, write_report
@@ -255,6 +256,7 @@ def _refuse(model: nn.Module, dataset: Any, privacy_args: PrivacyArguments, acce
         preflight.declared_columns(dataset), documents=privacy_args.privacy_unit == "document"
     )
     refuse_adapter(model)
+    refuse_parallel(model)
     for module in model.modules():
         refuse_reentrant(module)
     if privacy_args.expected_batch_size is None:

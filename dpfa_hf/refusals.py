@@ -204,6 +204,7 @@ def refuse_trainer(
             "with torchrun, or with an accelerate configuration of plain multi-GPU or multi-CPU, and spread a model "
             "that fits on no GPU with torch.distributed.fsdp.fully_shard (docs/processes.md)"
         )
+    refuse_parallel(trainer.model)
     if getattr(trainer.model, "is_parallelizable", False) and getattr(trainer.model, "model_parallel", False):
         raise PrivacyError("a model spread over several devices is not supported yet; put it on one device")
     for callback in trainer.callback_handler.callbacks:
@@ -232,6 +233,19 @@ def refuse_other_rows(dataset: Any, rows_of_first: int) -> None:
             f"train_dataset has {len(dataset)} rows in this process and {rows_of_first} in the first; give every "
             "process the whole data set, of which each takes its share of a draw"
         )
+
+
+def refuse_parallel(model: nn.Module) -> None:
+    """Models loaded so that processes compute parts of each other's examples, of which no check in one process knows:
+    experts that take tokens from other processes' rows, tensors and stages that several share (P11)."""
+    config = getattr(getattr(losses.base_model(model), "config", None), "distributed_config", None)
+    for name in ("tp_size", "ep_size", "pp_size", "dp_replicate_size"):
+        size = getattr(config, name, None) or 1
+        if size > 1:
+            raise PrivacyError(
+                f"DistributedConfig.{name}={size} lets processes compute parts of each other's examples, or hold the "
+                "same weights twice; load the model with fsdp_size alone"
+            )
 
 
 def refuse_packing(engine: PerExampleGradients, batch: Batch) -> None:

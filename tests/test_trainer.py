@@ -362,6 +362,16 @@ def test_a_row_that_raises_contributes_zero_and_nothing_else_changes(case: str, 
     assert gap(weights(ordinary.model), weights(without.model)) > 1e-4
 
 
+@pytest.mark.parametrize("name", ["tp_size", "ep_size", "pp_size", "dp_replicate_size"])
+def test_processes_that_compute_parts_of_each_others_rows_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    model = bert()
+    model.config.distributed_config = SimpleNamespace(fsdp_size=2, **{name: 2})
+    with pytest.raises(PrivacyError, match=rf"DistributedConfig\.{name}=2 .* fsdp_size alone"):
+        build(tmp_path, model=model)
+    model.config.distributed_config = SimpleNamespace(fsdp_size=2, **{name: 1})
+    build(tmp_path, model=model)
+
+
 def test_losing_the_neighbours_of_a_bad_row_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [*rows_for(bert())[:-1], HOSTILE["longer than the positions"]]
     without = after_two_steps(tmp_path, rows, [[1, 2, 3, 4], [5, 6]])
