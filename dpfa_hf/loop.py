@@ -29,6 +29,7 @@ from dpfa_hf.refusals import (
     refuse_packing,
     refuse_parallel,
     refuse_reentrant,
+    sample_of,
 )
 from dpfa_hf.report import build_report, write_report
 from dpfa_hf.statistics import StepStatistics, public_loss_scale
@@ -93,8 +94,9 @@ class PrivateLoop:
         self._model, self._dataset, self._asked, self._accelerator = model, dataset, privacy_args, accelerator
         self._task = losses.task_of(model) if per_example_loss_fn is None else None
         self._processes = processes = Processes()
-        of_first = processes.from_first(lambda: len(dataset))
-        processes.together(lambda: refuse_other_rows(dataset, of_first))
+        if processes.count > 1:
+            sample = processes.from_first(lambda: sample_of(dataset))
+            processes.together(lambda: refuse_other_rows(dataset, sample))
         config = getattr(losses.base_model(model), "config", None)
         expected = privacy_args.expected_batch_size
         self.plan = processes.from_first(
@@ -244,6 +246,7 @@ class PrivateLoop:
             eval_data=None,
             seeded=self._sampler.injected or self._step.noise.seeded_by_caller,
             curve=budget.curve(),
+            processes=self._processes.count,
             spread=self._engine.shards is not None,
         )
         write_report(directory, report)

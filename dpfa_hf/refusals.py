@@ -7,7 +7,10 @@ Each refusal is one line that names what cannot stand and the way out. Layers an
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +25,9 @@ from dpfa_hf.arguments import PrivacyArguments
 from dpfa_hf.errors import PrivacyError
 from dpfa_hf.per_example import losses, packing, preflight
 from dpfa_hf.per_example.gradients import Batch, PerExampleGradients, PerExampleLoss
+
+# Of an order of its own, hardly a row is where it is in another process.
+_COMPARED_ROWS = 32
 
 NO_SEARCH = (
     "hyperparameter_search picks the best of many private runs and would report one run's epsilon; each trial is a "
@@ -226,13 +232,45 @@ def refuse_dataset(dataset: Any) -> None:
         raise PrivacyError("train_dataset is empty; pass one with rows")
 
 
-def refuse_other_rows(dataset: Any, rows_of_first: int) -> None:
-    """A process that was given a shard: a draw is over the whole data set, and its indices are everybody's (P8)."""
-    if len(dataset) != rows_of_first:
+def sample_of(dataset: Any) -> tuple[int, dict[int, str]]:
+    """(number of rows, digests of some of them by index), with which other processes compare theirs."""
+    indices = {0, len(dataset) - 1, *(secrets.randbelow(len(dataset)) for _ in range(_COMPARED_ROWS))}
+    return len(dataset), {index: digest for index in sorted(indices) if (digest := _digest(dataset, index))}
+
+
+def refuse_other_rows(dataset: Any, sample: tuple[int, dict[int, str]]) -> None:
+    """A process with a shard, or with the rows in an order of its own: a draw is over the whole data set, and its
+    indices are everybody's, so that a unit with two indices would be drawn twice (P8).
+
+    Args:
+        dataset: this process's.
+        sample: `sample_of` the first one's.
+    """
+    rows, digests = sample
+    if len(dataset) != rows:
         raise PrivacyError(
-            f"train_dataset has {len(dataset)} rows in this process and {rows_of_first} in the first; give every "
-            "process the whole data set, of which each takes its share of a draw"
+            f"train_dataset has {len(dataset)} rows in this process and {rows} in the first; give every process the "
+            "whole data set, of which each takes its share of a draw"
         )
+    if any(_digest(dataset, index) not in (digest, "") for index, digest in digests.items()):
+        raise PrivacyError(
+            "train_dataset has other rows, or the same in another order, in this process than in the first; give every "
+            "process the same (a shuffle needs a seed)"
+        )
+
+
+def _digest(dataset: Any, index: int) -> str:
+    """Of a row as it is read; "" if it cannot be read, or reads otherwise the second time (random augmentation)."""
+    try:
+        first, second = (json.dumps(dataset[index], default=_plain, sort_keys=True) for _ in range(2))
+    except Exception:  # any row may raise anything (P23)
+        return ""
+    return hashlib.sha256(first.encode()).hexdigest() if first == second else ""
+
+
+def _plain(value: Any) -> Any:
+    """Tensors and arrays by their numbers, images by their bytes."""
+    return value.tolist() if hasattr(value, "tolist") else value.tobytes().hex()
 
 
 def refuse_parallel(model: nn.Module) -> None:

@@ -112,6 +112,7 @@ def build_report(
     resumed: int = 0,
     seeded: bool = False,
     curve: Mapping[int, float] | None = None,
+    processes: int = 1,
     spread: bool = False,
 ) -> dict[str, Any]:
     """Everything that rule P25 asks of a report, as JSON values; infinity is the string "inf".
@@ -221,7 +222,7 @@ def build_report(
             "base_model_origin": origin,
         },
         "audit": None,
-        "assumptions": _assumptions(plan, dataset, log_private_metrics, eval_data, private, spread),
+        "assumptions": _assumptions(plan, dataset, log_private_metrics, eval_data, private, processes, spread),
         "ledger": _without_credentials(ledger_url),
         "software": _software(),
         "plan": plan.to_dict(),
@@ -354,6 +355,7 @@ def _assumptions(
     log_private_metrics: bool,
     eval_data: str | None,
     private: bool,
+    processes: int,
     spread: bool,
 ) -> list[dict[str, str]]:
     """One {"assumption", "status"} for each thing that must be true for the epsilon to be true."""
@@ -383,6 +385,8 @@ def _assumptions(
         }
     if plan.privacy_unit == "document":
         found["One row of the data set is one whole document, neither packed nor cut before sampling"] = WORD
+    if processes > 1:
+        found["All processes have the same rows in the same order (some rows compared before step 1)"] = TESTED
     if spread:
         found["No row ends the run: the processes that share a model cannot leave out one that fails"] = UNASSESSED
     found["All runs on the same people's data, tuning included, are recorded under one name"] = (

@@ -50,6 +50,7 @@ from dpfa_hf.refusals import (
     refuse_packing,
     refuse_reentrant,
     refuse_trainer,
+    sample_of,
 )
 from dpfa_hf.report import build_report, read_report, write_report
 from dpfa_hf.statistics import StepStatistics, public_loss_scale
@@ -146,8 +147,9 @@ class DPTrainerMixin(_Base):
         self._synthetic_batch: dict[str, Any] = {}
         self.args, self._micro_batch_size, expected = _private_copy(self.args, privacy_args)
         self._processes = Processes(self.args.ddp_timeout)
-        of_first = self._processes.from_first(lambda: len(self.train_dataset))
-        self._processes.together(lambda: refuse_other_rows(self.train_dataset, of_first))
+        if self._processes.count > 1:
+            sample = self._processes.from_first(lambda: sample_of(self.train_dataset))
+            self._processes.together(lambda: refuse_other_rows(self.train_dataset, sample))
         column = privacy_args.privacy_unit_column
         self._users = None if column is None else Users.of(self.train_dataset, column)
         self._users_named_by = self.train_dataset
@@ -621,6 +623,7 @@ class DPTrainerMixin(_Base):
             resumed=self._resumed,
             seeded=self._sampler.injected or self._step.noise.seeded_by_caller,
             curve=None if budget is None else budget.curve(),
+            processes=self._processes.count,
             spread=self._engine.shards is not None,
         )
 

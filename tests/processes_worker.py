@@ -109,6 +109,7 @@ def build(
     )
     # Every process begins with weights of its own, as with adapters that nobody has seeded.
     own = int(os.environ.get("RANK", 0))
+    dataset = changed.pop("dataset", None) or rows()
     lora, loaded = changed.pop("lora", False), changed.pop("loaded", None)
     training_args = transformers.TrainingArguments(**(args | several | changed))
     if cut and not dist.is_initialized():
@@ -118,7 +119,7 @@ def build(
     return DPTrainer(
         model=loaded or (spread(built) if cut else built),
         args=training_args,
-        train_dataset=rows(),
+        train_dataset=dataset,
         data_collator=collate,
         privacy_args=privacy,
     )
@@ -308,6 +309,19 @@ def one_has_a_shard(folder: Path) -> dict[str, Any]:
     last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
     UNITS = UNITS // 2 if last else UNITS
     return {"error": error_of(lambda: build(folder))}
+
+
+def one_has_another_order(folder: Path) -> dict[str, Any]:
+    """What all processes say when each has shuffled the data set by itself; and that random rows are not compared."""
+    own = rows() if int(os.environ["RANK"]) == 0 else rows()[::-1]
+    found = {"error": error_of(lambda: build(folder, dataset=own))}
+
+    class Augmented(list):
+        def __getitem__(self, index: Any) -> Any:
+            row = super().__getitem__(index)
+            return {**row, "labels": [int.from_bytes(os.urandom(1)) for _ in row["labels"]]}
+
+    return found | {"random": error_of(lambda: build(folder / "random", dataset=Augmented(rows())))}
 
 
 def one_dies(folder: Path) -> dict[str, Any]:
@@ -637,6 +651,7 @@ SCENARIOS: dict[str, Callable[[Path], dict[str, Any]]] = {
         one_fails,
         one_is_refused,
         one_has_a_shard,
+        one_has_another_order,
         one_skips,
         one_dies,
         one_hangs,

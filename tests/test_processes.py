@@ -64,7 +64,10 @@ def of(ranks: Ranks, scenario: str, *path: str) -> Ranks:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    scenarios = "known,private,mutants,observed,of_trl,loops,one_fails,one_is_refused,one_has_a_shard"
+    # The last one changes how many rows there are.
+    scenarios = (
+        "known,private,mutants,observed,of_trl,loops,one_fails,one_is_refused,one_has_another_order,one_has_a_shard"
+    )
     return launch(tmp_path_factory.mktemp("two"), 2, scenarios)
 
 
@@ -277,6 +280,14 @@ def test_a_check_that_fails_in_one_process_stops_all(two: Ranks) -> None:
 def test_a_shard_of_the_data_set_is_refused(two: Ranks) -> None:
     first, second = of(two, "one_has_a_shard", "error")
     assert second.startswith("PrivacyError: train_dataset has 24 rows") and "rank 1 stopped" in first
+
+
+def test_rows_in_an_order_of_a_process_s_own_are_refused(two: Ranks) -> None:
+    """The mutant compares numbers of rows alone: both have 48."""
+    first, second = of(two, "one_has_another_order", "error")
+    assert second.startswith("PrivacyError: train_dataset has other rows, or the same in another order")
+    assert "rank 1 stopped" in first
+    assert of(two, "one_has_another_order", "random") == ["", ""]
 
 
 @pytest.mark.parametrize("how", ["one_dies", "one_hangs"])

@@ -196,6 +196,12 @@ def test_a_model_that_is_spread_states_that_a_row_may_end_the_run(plan: PrivacyP
         assert [each["status"] for each in listed] == ["not assessed"] * spread
 
 
+def test_several_processes_state_that_they_have_the_same_rows(plan: PrivacyPlan) -> None:
+    for processes in (1, 2):
+        listed = [each["assumption"] for each in built(plan, processes=processes)["assumptions"]]
+        assert sum("the same rows in the same order" in each for each in listed) == processes - 1
+
+
 def test_without_added_coordinates_none_is_stated(plan: PrivacyPlan) -> None:
     report = built(plan)
     assert [each["longest"] for each in report["mechanism"]["coordinates"]] == [1.0]
