@@ -107,7 +107,9 @@ def check_vectors(keystream: Keystream) -> None:
 def check_long_stream(keystream: Keystream) -> None:
     key = bytes(range(100, 132))
     for counter, nonce in ((7, 3), (2**32 - 2048, 2**63 + 12345), (2**40 - 1, 2**32)):
-        assert keystream(key, counter, nonce, 4096) == openssl(key, counter, nonce, 4096)
+        # Only the verdict is asserted: where CI is set, pytest would look for hours for what differs in 256 KiB.
+        same = keystream(key, counter, nonce, 4096) == openssl(key, counter, nonce, 4096)
+        assert same
 
 
 def test_blocks_equal_the_vectors_of_rfc_8439() -> None:
