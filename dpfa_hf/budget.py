@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from dpfa_hf.accounting import EpsilonCurve
+from dpfa_hf.arguments import PrivacyArguments
 from dpfa_hf.errors import PrivacyError
 from dpfa_hf.ledger import Ledger
 from dpfa_hf.plan import PrivacyPlan
+
+# What the name of a data set that got none begins with.
+UNNAMED = "unnamed-"
 
 
 @dataclass(frozen=True)
@@ -76,3 +81,31 @@ class PrivacyBudget:
     def spent(self) -> PrivacySpent:
         """The guarantee and the steps charged."""
         return PrivacySpent(self.plan.epsilon, self.plan.delta, self.steps)
+
+
+def open_run(ledger: Ledger, plan: PrivacyPlan, args: PrivacyArguments, dataset: Any) -> str:
+    """The id of a new run, of which nothing is charged yet.
+
+    A data set without a name gets a keyed fingerprint of what it says of itself, which leaves the ledger nowhere (P22).
+
+    Raises:
+        PrivacyError: the data set's budget has no room for the plan, or the ledger cannot be written.
+    """
+    name = args.ledger_dataset
+    if name is None:
+        identity = getattr(dataset, "_fingerprint", None) or type(dataset).__qualname__
+        name = UNNAMED + ledger.fingerprint(f"{identity}:{len(dataset)}".encode())
+    budget = None
+    if args.dataset_budget_epsilon is not None and args.dataset_budget_delta is not None:
+        budget = (args.dataset_budget_epsilon, args.dataset_budget_delta)
+    return ledger.open_run(
+        dataset=name,
+        plan=plan.to_dict(),
+        plan_hash=plan.sha256(),
+        epsilon=plan.epsilon,
+        delta=plan.delta,
+        max_steps=plan.max_steps,
+        privacy_unit=plan.declared_unit,
+        adjacency=plan.adjacency,
+        budget=budget,
+    )

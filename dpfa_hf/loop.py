@@ -14,7 +14,7 @@ from dpfa_hf.accounting import make_plan
 from dpfa_hf.accumulation import Accumulation
 from dpfa_hf.arguments import PrivacyArguments
 from dpfa_hf.batch_selection import LogicalBatches, RankSlices, TruncatedPoissonSampler
-from dpfa_hf.budget import PrivacyBudget, PrivacySpent
+from dpfa_hf.budget import PrivacyBudget, PrivacySpent, open_run
 from dpfa_hf.errors import PrivacyError
 from dpfa_hf.ledger import Ledger
 from dpfa_hf.per_example import losses, packing, preflight
@@ -177,25 +177,7 @@ class PrivateLoop:
 
     def _open_run(self) -> str:
         assert self._ledger is not None
-        plan, asked = self.plan, self._asked
-        name = asked.ledger_dataset
-        if name is None:
-            identity = getattr(self._dataset, "_fingerprint", None) or type(self._dataset).__qualname__
-            name = "unnamed-" + self._ledger.fingerprint(f"{identity}:{len(self._dataset)}".encode())
-        budget = None
-        if asked.dataset_budget_epsilon is not None and asked.dataset_budget_delta is not None:
-            budget = (asked.dataset_budget_epsilon, asked.dataset_budget_delta)
-        return self._ledger.open_run(
-            dataset=name,
-            plan=plan.to_dict(),
-            plan_hash=plan.sha256(),
-            epsilon=plan.epsilon,
-            delta=plan.delta,
-            max_steps=plan.max_steps,
-            privacy_unit=plan.privacy_unit,
-            adjacency=plan.adjacency,
-            budget=budget,
-        )
+        return open_run(self._ledger, self.plan, self._asked, self._dataset)
 
     def _on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         device = next(self._model.parameters()).device

@@ -29,7 +29,7 @@ from dpfa_hf.accounting import make_plan
 from dpfa_hf.accumulation import Accumulation
 from dpfa_hf.arguments import PrivacyArguments
 from dpfa_hf.batch_selection import DrawnUnits, LogicalBatches, RankSlices, TruncatedPoissonSampler, Users
-from dpfa_hf.budget import PrivacyBudget, PrivacySpent
+from dpfa_hf.budget import UNNAMED, PrivacyBudget, PrivacySpent, open_run
 from dpfa_hf.callbacks import PrivacyBudgetCallback
 from dpfa_hf.errors import PrivacyError
 from dpfa_hf.host_memory import freed_memory_kept
@@ -72,7 +72,6 @@ WITHHELD = frozenset(
 )
 # Fields of a plan that name its accountant rather than the mechanism: a newer dp_accounting may change them.
 _ACCOUNTANT_FIELDS = ("epsilon", "accountant_version", "truncation_delta")
-_UNNAMED = "unnamed-"
 _CLIPPING_STATE_NAME = "clipping_norm.json"
 
 
@@ -292,33 +291,11 @@ class DPTrainerMixin(_Base):
 
     def _open_run(self) -> str:
         assert self._ledger is not None
-        plan, asked = self.privacy_plan, self._privacy_args
-        budget = None
-        if asked.dataset_budget_epsilon is not None and asked.dataset_budget_delta is not None:
-            budget = (asked.dataset_budget_epsilon, asked.dataset_budget_delta)
-        return self._ledger.open_run(
-            dataset=self._ledger_dataset(self._ledger),
-            plan=plan.to_dict(),
-            plan_hash=plan.sha256(),
-            epsilon=plan.epsilon,
-            delta=plan.delta,
-            max_steps=plan.max_steps,
-            privacy_unit=plan.declared_unit,
-            adjacency=plan.adjacency,
-            budget=budget,
-        )
+        return open_run(self._ledger, self.privacy_plan, self._privacy_args, self.train_dataset)
 
     def _end_run(self, budget: PrivacyBudget) -> None:
         assert self._ledger is not None
         self._ledger.end_run(budget.run, "completed" if budget.exhausted else "stopped early")
-
-    def _ledger_dataset(self, ledger: Ledger) -> str:
-        """The data set's name, or a keyed fingerprint of what the data set says of itself, which leaves the ledger
-        nowhere (P22)."""
-        if self._privacy_args.ledger_dataset is not None:
-            return self._privacy_args.ledger_dataset
-        identity = getattr(self.train_dataset, "_fingerprint", None) or type(self.train_dataset).__qualname__
-        return _UNNAMED + ledger.fingerprint(f"{identity}:{len(self.train_dataset)}".encode())
 
     def _resume_run(self, checkpoint: str) -> PrivacyBudget:
         plan, norm, run, steps = self._processes.from_first(lambda: self._read_run(checkpoint))
@@ -347,7 +324,7 @@ class DPTrainerMixin(_Base):
                 f"{theirs[changed[0]]!r}); restore the arguments of the run, or start a new one"
             )
         named = self._privacy_args.ledger_dataset
-        if named != (None if record.dataset.startswith(_UNNAMED) else record.dataset):
+        if named != (None if record.dataset.startswith(UNNAMED) else record.dataset):
             raise PrivacyError(
                 f"resuming run {record.run} with another ledger_dataset ({named!r}): its steps would be charged to "
                 "other people's data; restore the name that the run was started with, or start a new one"

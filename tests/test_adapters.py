@@ -71,14 +71,6 @@ def results(table: ModuleType) -> dict:
     return table.read()
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def refuses(match: str) -> Any:
     """A refusal in one line."""
     return pytest.raises(PrivacyError, match=rf"\A(?=.*(?:{match})).*\Z")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,6 @@ VOCABULARY, LENGTH, N = 53, 24, 12
 SLACK = 1 + 2**-10
 FLAT = tf.DataCollatorWithFlattening()
 ABSENT: Row = {}  # a unit that adjacency has replaced by nothing: it cannot be read
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Documents(list[Row]):

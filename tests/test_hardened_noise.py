@@ -25,13 +25,6 @@ INDEX = 3
 START = 5 * 1024
 
 
-@pytest.fixture(autouse=True)
-def threads_as_before() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 Mechanism = Callable[[bytes, torch.Tensor], torch.Tensor]  # key, float64 sums -> noised sums
 
 

@@ -35,14 +35,6 @@ ALARM = 1e-7  # probability of a false alarm of one check, over all its comparis
 DRAWS = [list(range(20)), [], [3], [7, 1, 30, 2]]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def model() -> nn.Module:
     """119,680 parameters in tensors from 64 to 57,344 elements; the largest is the head too."""
     torch.manual_seed(1)

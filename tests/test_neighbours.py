@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,14 +45,6 @@ ABSENT: Row = {}  # a unit that adjacency has replaced by nothing: it cannot be 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Models, rows and the two data sets
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Units(list[Row]):

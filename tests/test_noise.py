@@ -8,7 +8,7 @@ import os
 import random
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -176,13 +176,6 @@ def law_violations(make_step: Callable[[], Step]) -> set[str]:
     if float((everything == everything.bfloat16().double()).double().mean()) > 0.25:
         found.add("resolution")
     return found
-
-
-@pytest.fixture(autouse=True)
-def threads_as_before() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

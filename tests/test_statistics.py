@@ -48,14 +48,6 @@ def epsilon_is_not_looked_at() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def model() -> nn.Module:
     torch.manual_seed(1)
     config = transformers.BertConfig(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,6 @@ SLACK = 1 + 2**-10
 COUNTS = (3, 1, 5, 2, 1, 4)  # rows of each user
 NAMES = ("alice@secret.example", "bob@secret.example", "carol@secret.example", "dora@secret.example",
          "emil@secret.example", "fritz@secret.example", "newcomer@secret.example")  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def bert() -> nn.Module:

@@ -184,11 +184,3 @@ def lab() -> SimpleNamespace:
     """The functions of this file: test modules cannot import it."""
     functions: tuple[Callable, ...] = (numbered, visible, written_out, philox, kept, framed)
     return SimpleNamespace(**{function.__name__: function for function in functions})
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

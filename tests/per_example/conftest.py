@@ -5,7 +5,7 @@ Nothing here imports dpfa_hf: what is compared with it must not share its code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -419,11 +419,3 @@ def lab() -> SimpleNamespace:
         Products,
     )
     return SimpleNamespace(**{function.__name__: function for function in functions})
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
