@@ -233,16 +233,16 @@ def _judge(status: int, stdout: str, stderr: str, micro_batch_size: int, limit: 
 
 def _micro_steps(request: Request, micro_batch_size: int) -> tuple[int, float]:
     """(peak in bytes, rows a second) of private steps on invented rows: as training makes them, with AdamW's state."""
-    from dpfa_hf import cli
+    from dpfa_hf import models
     from dpfa_hf.noise import GaussianNoise
     from dpfa_hf.per_example import losses, preflight
     from dpfa_hf.per_example.gradients import PerExampleGradients
 
     model: Any
-    configuration = cli._configuration(request.model)
-    model, task, _ = cli._build(request.model, configuration, request.task, request.attn_implementation)
+    configuration = models.read_configuration(request.model)
+    model, task, _ = models.build(request.model, configuration, request.task, request.attn_implementation)
     if request.lora is not None:
-        model = cli._with_lora(model, request.lora, task)
+        model = models.with_lora(model, request.lora, task)
     if request.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     device = torch.device(request.device)

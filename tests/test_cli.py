@@ -323,7 +323,7 @@ def test_ledger_show_prints_whole_ids_and_names_and_no_fingerprint(url: str) -> 
 
 
 def test_mutant_fingerprint_shown_is_caught(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_UNNAMED", re.compile("(?!)"))
+    monkeypatch.setattr(cli.ledger, "_UNNAMED", re.compile("(?!)"))
     assert re.search("[0-9a-f]{64}", dpfa("ledger", "show", "--json", "--ledger", url).stdout)
 
 
