@@ -404,14 +404,18 @@ from dpfa_hf.ledger import Ledger
 url, run, order = sys.argv[1:]
 ledger = Ledger(url)
 step = ledger.resume_run(run, "a" * 64).steps
-print("resumed", step, flush=True)
+def announce(what):
+    # In one write: a kill must not leave half a line, which print does under PYTHONUNBUFFERED.
+    sys.stdout.write(f"{what} {step}\\n")
+    sys.stdout.flush()
+announce("resumed")
 while True:
     step += 1
     if order == "noise first":
-        print("noise", step, flush=True)
+        announce("noise")
         time.sleep(30)
     ledger.charge_step(run, step)
-    print("noise", step, flush=True)
+    announce("noise")
 """
 
 
