@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
@@ -154,6 +154,29 @@ def statistics_prices(plan: PrivacyPlan) -> dict[str, float]:
         return _epsilon_by_steps(each, _coarse_interval(plan))(plan.max_steps)
 
     return {name: epsilon(plan) - epsilon(each) for name, each in without.items()}
+
+
+def privacy_curve(plan: PrivacyPlan, epsilons: Sequence[float]) -> list[float]:
+    """An upper bound on delta for each of `epsilons` after all of the plan's steps, by its own accountant.
+
+    The whole privacy of the planned mechanism, of which (`plan.epsilon`, `plan.delta`) is one point. No bound is below
+    1e-10, where the rounding of the accountant's sums is no longer on the safe side.
+
+    Raises:
+        PrivacyError: the plan carries no guarantee.
+    """
+    if not plan.is_private:
+        raise PrivacyError("the plan is NOT PRIVATE, so it has no privacy curve; make one with a finite target_epsilon")
+    if plan.accountant == "rdp":
+        accountant = _rdp_accountant(plan, plan.max_steps)
+        # What the ceiling takes from delta grows with e^epsilon (P6).
+        share = plan.truncation_delta / (1 + math.exp(min(plan.target_epsilon, 700)))
+        deltas = [float(accountant.get_delta(each)) + share * (1 + math.exp(min(each, 700))) for each in epsilons]
+    else:
+        # Wide bins are quick and err upwards.
+        run_pld = _planned_step_pld(plan, _coarse_interval(plan)).self_compose(plan.max_steps)
+        deltas = [float(each) for each in run_pld.get_delta_for_epsilon(list(epsilons))]
+    return [min(1.0, max(each, _SMALLEST_DELTA)) for each in deltas]
 
 
 class EpsilonCurve:
@@ -322,7 +345,12 @@ def _epsilon_by_steps(plan: PrivacyPlan, interval: float) -> Callable[[int], flo
     """
     if plan.accountant == "rdp":
         return functools.partial(_rdp_epsilon, plan)
-    step_pld = _step_pld(
+    step_pld = _planned_step_pld(plan, interval)
+    return lambda steps: float(step_pld.self_compose(steps).get_epsilon_for_delta(plan.delta))
+
+
+def _planned_step_pld(plan: PrivacyPlan, interval: float) -> Any:
+    return _step_pld(
         plan.num_units,
         plan.sampling_probability,
         plan.max_batch_size,
@@ -330,7 +358,6 @@ def _epsilon_by_steps(plan: PrivacyPlan, interval: float) -> Callable[[int], flo
         plan.adjacency,
         interval,
     )
-    return lambda steps: float(step_pld.self_compose(steps).get_epsilon_for_delta(plan.delta))
 
 
 @functools.lru_cache(maxsize=2)
@@ -354,10 +381,15 @@ def _step_pld(
 
 def _rdp_epsilon(plan: PrivacyPlan, steps: int) -> float:
     """Epsilon of Poisson sampling by RDP at the delta that the ceiling's charge leaves (P6)."""
+    return float(_rdp_accountant(plan, steps).get_epsilon(plan.delta - plan.truncation_delta))
+
+
+def _rdp_accountant(plan: PrivacyPlan, steps: int) -> Any:
+    """RDP of `steps` steps of Poisson sampling, without the ceiling."""
     from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
     from dp_accounting.privacy_accountant import NeighboringRelation
     from dp_accounting.rdp import RdpAccountant
 
     accountant = RdpAccountant(neighboring_relation=NeighboringRelation.REPLACE_SPECIAL)
     event = PoissonSampledDpEvent(plan.sampling_probability, GaussianDpEvent(plan.accounted_noise_multiplier))
-    return float(accountant.compose(event, steps).get_epsilon(plan.delta - plan.truncation_delta))
+    return accountant.compose(event, steps)

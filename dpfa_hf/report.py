@@ -10,8 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
-from decimal import ROUND_CEILING, Context
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,17 @@ import yaml
 from huggingface_hub import RepoCard
 
 from dpfa_hf.errors import PrivacyError
+from dpfa_hf.markdown import bullets, shown, table, up
 from dpfa_hf.plan import PrivacyPlan
+from dpfa_hf.source import package_sha256
 
 REPORT_NAME = "privacy.json"
 CARD_NAME = "README.md"
 BEGIN, END = "<!-- dpfa_hf:begin -->", "<!-- dpfa_hf:end -->"
 TAGS = ("differential_privacy", "dp-sgd")
 ENFORCED, TESTED, WORD, UNASSESSED = "enforced", "tested", "operator's word", "not assessed"
+# Of an assumption that an audit has found to be untrue.
+REFUTED = "refuted"
 
 _FORMAT = 1
 _FIELDS = frozenset(
@@ -85,6 +88,8 @@ _HALTING = (
     "to the ledger before its noise was drawn. Stopping earlier does not lower epsilon."
 )
 _EXPLAINED = {"Whom you trust": "trust_model", "Halting": "halting", "Tuning": "tuning"}
+_UNAUDITED = "An empirical audit (an attack on the trained model) agrees with epsilon"
+_AUDITED = "Nothing that dpfa audit tried on this plan contradicts epsilon; these weights were not attacked"
 _EMPTY_HEADER = "---\n\n---\n"
 # The tempered dot keeps a section whose end was lost from swallowing the text up to the next one.
 _SECTION = re.compile(rf"\n*{BEGIN}(?:(?!{BEGIN}).)*?{END}\n*", re.DOTALL)
@@ -223,7 +228,7 @@ def build_report(
         },
         "audit": None,
         "assumptions": _assumptions(plan, dataset, log_private_metrics, eval_data, private, processes, spread),
-        "ledger": _without_credentials(ledger_url),
+        "ledger": without_credentials(ledger_url),
         "software": _software(),
         "plan": plan.to_dict(),
         "plan_sha256": plan.sha256(),
@@ -243,12 +248,22 @@ def write_report(directory: str | os.PathLike[str], report: Mapping[str, Any]) -
     _refuse_damaged(report, "report")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    _replace(directory / REPORT_NAME, json.dumps(_plain(report), indent=2, allow_nan=False) + "\n")
-    card = directory / CARD_NAME
+    replace_file(directory / REPORT_NAME, json.dumps(_plain(report), indent=2, allow_nan=False) + "\n")
+    write_card(directory, report)
+
+
+def write_card(directory: str | os.PathLike[str], report: Mapping[str, Any]) -> None:
+    """Writes the report's section and tags into the model card alone, in the way of `write_report`.
+
+    Raises:
+        PrivacyError: `report` is not one of `build_report`'s.
+    """
+    _refuse_damaged(report, "report")
+    card = Path(directory) / CARD_NAME
     # Surrogates and newline="" give every byte back that is not ours, whatever the file's encoding.
     content = card.read_bytes().decode("utf-8-sig", "surrogateescape") if card.exists() else _new_card(report)
     line_break = "\r\n" if "\r\n" in content else "\n"
-    _replace(card, _merged(content.replace("\r\n", "\n"), report).replace("\n", line_break))
+    replace_file(card, _merged(content.replace("\r\n", "\n"), report).replace("\n", line_break))
 
 
 def read_report(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -269,6 +284,42 @@ def read_report(directory: str | os.PathLike[str]) -> dict[str, Any]:
         report = None
     _refuse_damaged(report, str(path))
     return report
+
+
+def with_audit(report: Mapping[str, Any], audit: Mapping[str, Any]) -> dict[str, Any]:
+    """`report` with the result of `dpfa audit` on the same run, as card and evidence show it; twice is as once.
+
+    Guarantee: fails closed. An audit that failed makes the report NOT PRIVATE, whatever the accountant says.
+    """
+    _refuse_damaged(report, "report")
+    passed = bool(audit["passed"])
+    failed = [str(check["name"]) for check in audit["checks"] if not check["passed"]]
+    outcome = {
+        "version": audit["version"],
+        "created": audit["created"],
+        "passed": passed,
+        "checks": len(audit["checks"]),
+        "failed": failed,
+        "scaled_down": list(audit["scaled_down"]),
+        "epsilon_claimed": audit["epsilon_claimed"],
+        "epsilon_lower_bound": audit["epsilon_lower_bound"],
+        "confidence": audit["confidence"],
+        "canaries": audit["canaries"],
+        "mutants": len(audit["mutants"]),
+        "mutants_caught": sum(bool(mutant["caught"]) for mutant in audit["mutants"]),
+    }
+    assumptions = [each for each in report["assumptions"] if each["assumption"] not in (_UNAUDITED, _AUDITED)]
+    assumptions.append({"assumption": _AUDITED, "status": TESTED if passed else REFUTED})
+    audited = {**report, "audit": outcome, "assumptions": assumptions}
+    if passed:
+        return audited
+    because, failure = report["not_private_because"] or "", f"an audit failed ({', '.join(failed) or 'its self-test'})"
+    return audited | {
+        "private": False,
+        "not_private_because": because if because.endswith(failure) else "; ".join(filter(None, (because, failure))),
+        "guarantee": {**report["guarantee"], "epsilon": "inf"},
+        "dataset": {**report["dataset"], "epsilon": "inf" if report["dataset"]["epsilon"] is not None else None},
+    }
 
 
 def _refuse_contradictions(
@@ -403,7 +454,7 @@ def _assumptions(
         found["Evaluation results on private data were not published"] = WORD
     found |= {
         "Nobody learns from how long a step takes or how much memory it needs": UNASSESSED,
-        "An empirical audit (an attack on the trained model) agrees with epsilon": UNASSESSED,
+        _UNAUDITED: UNASSESSED,
     }
     return [{"assumption": assumption, "status": status} for assumption, status in found.items()]
 
@@ -437,7 +488,8 @@ def _base_model(name: str | None) -> tuple[str | None, str]:
     return name, _HUB if _HUB_ID.fullmatch(name) else "as the operator states it"
 
 
-def _without_credentials(url: str | None) -> str | None:
+def without_credentials(url: str | None) -> str | None:
+    """A database's URL without user, password and options."""
     if url is None:
         return None
     scheme, separator, place = url.partition("://")
@@ -451,7 +503,10 @@ def _without_credentials(url: str | None) -> str | None:
 
 
 def _software() -> dict[str, str]:
-    return {name: version(name) for name in ("transformers", "torch", "dp-accounting")}
+    from dpfa_hf import __version__
+
+    ours = {"dpfa-hf": __version__, "dpfa-hf sha256": package_sha256()}
+    return ours | {name: version(name) for name in ("transformers", "torch", "dp-accounting")}
 
 
 def _plain(value: Any) -> Any:
@@ -462,7 +517,8 @@ def _plain(value: Any) -> Any:
     return "inf" if isinstance(value, float) and value == math.inf else value
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
+    """Writes `text` durably, as a whole or not at all."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(draft, "wb") as file:
@@ -478,7 +534,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _new_card(report: Mapping[str, Any]) -> str:
-    return f"# {_shown(report['model']['class'])}\n"
+    return f"# {shown(report['model']['class'])}\n"
 
 
 def _merged(content: str, report: Mapping[str, Any]) -> str:
@@ -499,35 +555,36 @@ def _merged(content: str, report: Mapping[str, Any]) -> str:
     text = _SECTION.sub("\n\n", card.text).replace(BEGIN, "").replace(END, "").lstrip("\n")
     title = _TITLE.match(text)
     head, tail = (text[: title.end()], text[title.end() :]) if title else ("", text)
-    parts = (head.rstrip("\n"), f"{BEGIN}\n{_section(report)}\n{END}", tail.strip("\n"))
+    parts = (head.rstrip("\n"), f"{BEGIN}\n{card_section(report)}\n{END}", tail.strip("\n"))
     card.text = "\n" + "\n\n".join(part for part in parts if part) + "\n"
     return str(card)
 
 
-def _section(report: Mapping[str, Any]) -> str:
+def card_section(report: Mapping[str, Any]) -> str:
+    """The report as Markdown: what the card shows, and what the evidence begins with."""
     guarantee, dataset, unit, mechanism = (report[name] for name in ("guarantee", "dataset", "unit", "mechanism"))
     steps, accountant, noise, model = (report[name] for name in ("steps", "accountant", "noise", "model"))
-    epsilon, delta = _up(guarantee["epsilon"]), _up(guarantee["delta"])
+    epsilon, delta = up(guarantee["epsilon"]), up(guarantee["delta"])
     question = "whether one unit was used" if unit["adjacency"] == "zero_out" else "which of two one unit was"
     if report["private"]:
         title = "## Differential privacy"
         statement = (
-            f"This model was trained with differential privacy. What is protected is **{_shown(unit['what'])}**: there "
+            f"This model was trained with differential privacy. What is protected is **{shown(unit['what'])}**: there "
             "is a limit to what these weights give away about it, whatever else somebody knows. The limit is "
             f"**ε = {epsilon} at δ = {delta}** (smaller is stronger): an attacker who knows all the other data, and "
             f"would otherwise have to toss a coin over {question}, is right at most "
             f"{_attack_accuracy(guarantee)} % of the time."
         )
     else:
-        title = "## NOT PRIVATE"
+        title, because = "## NOT PRIVATE", shown(report["not_private_because"])
         statement = (
-            f"**NOT PRIVATE: this model carries no privacy guarantee**, because {report['not_private_because']}. Do "
+            f"**NOT PRIVATE: this model carries no privacy guarantee**, because {because}. Do "
             "not release it if the training data are confidential. The numbers below describe a run for debugging or "
             "comparison."
         )
     total = "not recorded"
     if dataset["epsilon"] is not None:
-        total = f"ε = {_up(dataset['epsilon'])}, δ = {_up(dataset['delta'])}"
+        total = f"ε = {up(dataset['epsilon'])}, δ = {up(dataset['delta'])}"
     name = "this fingerprint only (the data set was given no name)" if dataset["name"] is None else dataset["name"]
     strength = "" if noise.get("cryptographic", True) else " (not cryptographic)"
     precision = "ε is for real arithmetic, the noised sum is snapped to a grid"
@@ -550,7 +607,7 @@ def _section(report: Mapping[str, Any]) -> str:
         "Released by every step": "; ".join(
             f"{each['what']} (at most {each['longest']:.4g} C)" for each in mechanism["coordinates"]
         )
-        + f"; as one vector, at most {_up(mechanism['joint_sensitivity'])} C of one unit",
+        + f"; as one vector, at most {up(mechanism['joint_sensitivity'])} C of one unit",
         "Steps": f"{steps['charged']} taken of {steps['planned']} planned; ε is that of all planned steps",
         "Loss": mechanism["loss"],
         "Accountant": f"{accountant['name']} ({accountant['version']})",
@@ -558,7 +615,7 @@ def _section(report: Mapping[str, Any]) -> str:
         "Trained": f"{model['trainable_parameters']:,} of {model['total_parameters']:,} parameters"
         + (f" (adapter: {model['adapter']})" if model["adapter"] else ""),
         "Base model": base,
-        "Audit": "none",
+        "Audit": _audit(report["audit"]),
     }
     run = f" --run {report['run']}" if report["run"] else ""
     not_protected = (
@@ -568,18 +625,18 @@ def _section(report: Mapping[str, Any]) -> str:
         "what people type into the model later",
         *report["releases"]["not_covered"],
     )
-    covered = ["### Covered by the guarantee", _bullets(report["releases"]["covered"])]
+    covered = ["### Covered by the guarantee", bullets(report["releases"]["covered"])]
     explained = [f"**{name}.** {report[key]}" for name, key in _EXPLAINED.items()]
     paragraphs = [
         title,
         statement,
-        _table(("", ""), numbers.items()),
+        table(("", ""), numbers.items()),
         *(covered if report["private"] else []),
         "### Not protected",
-        _bullets(not_protected),
+        bullets(not_protected),
         *(explained if report["private"] else []),
         "### What this rests on",
-        _table(("Assumption", "Status"), ((each["assumption"], each["status"]) for each in report["assumptions"])),
+        table(("Assumption", "Status"), ((each["assumption"], each["status"]) for each in report["assumptions"])),
         "### How to check",
         f"`{REPORT_NAME}` beside this card holds every number. Where the ledger of the training is at hand, "
         f"`dpfa ledger show{run}` shows what was charged, and `dpfa ledger verify` whether its chain is whole. No law "
@@ -588,27 +645,24 @@ def _section(report: Mapping[str, Any]) -> str:
     return "\n\n".join(paragraphs)
 
 
+def _audit(audit: Mapping[str, Any] | None) -> str:
+    if audit is None:
+        return "none"
+    bound = "no lower bound on ε was measured"
+    if audit["epsilon_lower_bound"] is not None:
+        bound = (
+            f"{audit['canaries']} canaries: ε is at least {audit['epsilon_lower_bound']:.4g} with "
+            f"{100 * audit['confidence']:g} % confidence, and {up(audit['epsilon_claimed'])} was claimed for what was "
+            "audited"
+        )
+    outcome = "passed" if audit["passed"] else f"FAILED: {', '.join(audit['failed'])}"
+    return (
+        f"{outcome}; {audit['checks']} checks; {bound}; {audit['mutants_caught']} of {audit['mutants']} planted bugs "
+        f"caught; dpfa audit {audit['version']}, {audit['created'][:10]}"
+    )
+
+
 def _attack_accuracy(guarantee: Mapping[str, Any]) -> str:
     """Per cent, rounded up: (e^epsilon + delta) / (e^epsilon + 1), the best test at even odds (arXiv 1311.0776)."""
     odds = math.exp(-guarantee["epsilon"])
-    return _up(min(100.0, 100 * (1 + guarantee["delta"] * odds) / (1 + odds)))
-
-
-def _up(number: float | str) -> str:
-    """Four significant digits, rounded up, so that no card claims more than the report."""
-    return f"{float(Context(prec=4, rounding=ROUND_CEILING).create_decimal(repr(float(number)))):.4g}"
-
-
-def _shown(value: object) -> str:
-    """As text of a Markdown table cell in which no markup, and no marker of ours, can begin."""
-    escaped = str(value).replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;")
-    return " ".join(re.sub(r"([|*`\[\]])", r"\\\1", escaped).split())
-
-
-def _table(head: tuple[str, str], rows: Iterable[tuple[object, object]]) -> str:
-    lines = [head, ("---", "---"), *((_shown(left), _shown(right)) for left, right in rows)]
-    return "\n".join(f"| {left} | {right} |" for left, right in lines)
-
-
-def _bullets(items: Iterable[str]) -> str:
-    return "\n".join(f"- {item}" for item in items)
+    return up(min(100.0, 100 * (1 + guarantee["delta"] * odds) / (1 + odds)))

@@ -117,7 +117,7 @@ def test_no_credential_reaches_any_file(plan: PrivacyPlan, tmp_path: Path, url: 
 def test_mutant_ledger_url_passed_on_as_it_is_is_caught(
     plan: PrivacyPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report_module, "_without_credentials", lambda url: url)
+    monkeypatch.setattr(report_module, "without_credentials", lambda url: url)
     write_report(tmp_path, built(plan))
     assert set(leaks(tmp_path)) == {PASSWORD, "alice"}
 
