@@ -22,6 +22,7 @@ import itertools
 import json
 import math
 import os
+import re
 import secrets
 import sys
 import uuid
@@ -43,6 +44,7 @@ T = TypeVar("T")
 _FORMAT = "1"
 _GENESIS = "0" * 64
 _EXPORT_FORMAT = "dpfa-ledger-1"
+_FINGERPRINT = re.compile(r"unnamed-[0-9a-f]{64}")
 _ENTRY_TYPES = {"seq": int, "run": str, "kind": str, "payload": str, "prev": str, "hash": str}
 _metadata = sa.MetaData()
 _meta = sa.Table(
@@ -221,10 +223,12 @@ class Ledger(Database):
         self._witness_url = _witness_url(witness, parsed)
         self._witness: _Witness | None = None
         try:
-            if _copy is None:
+            if _copy is not None:
+                self._fill_from(_copy)
+            elif create:
                 self._secret = self.transaction(self._create, "create")
             else:
-                self._fill_from(_copy)
+                self._secret = self.transaction(_recorded_secret, "read")
         except PrivacyError:
             self.close()
             raise
@@ -459,6 +463,15 @@ class Ledger(Database):
         """(sequence number, hash) of the last entry: kept elsewhere, it witnesses that no older copy was restored."""
         return self.transaction(_head, "read")
 
+    def hash_at(self, seq: int) -> str | None:
+        """The recorded hash of entry `seq`, or None where there is none; whether it is true, `verify` says."""
+        return self.transaction(lambda connection: _hash_at(connection, seq), "read")
+
+    @property
+    def id(self) -> str:
+        """What witnesses and signed heads call this ledger: the secret's hash, which its first entry has too."""
+        return _sha256(self._secret)
+
     def moved_to(self) -> str | None:
         """Where this ledger was moved by `export`, so that it is closed; None for one that is in use."""
         return _moved_to(*self.transaction(_last, "read")[2:])
@@ -475,7 +488,7 @@ class Ledger(Database):
         if self._witness_url is None:
             raise PrivacyError("witness is not set: name its database in witness or DPFA_LEDGER_WITNESS")
         # Before the entry that demands it, so that a crash in between leaves a ledger which can be served.
-        self._opened_witness(create=True).begin(self._id, self._place)
+        self._opened_witness(create=True).begin(self.id, self._place)
         self._write(lambda connection: _append(connection, "", "witness", {}))
 
     def export(self, path: str | os.PathLike[str], *, to: str | None = None) -> tuple[int, str]:
@@ -529,11 +542,6 @@ class Ledger(Database):
 
         return self.transaction(write, "read")
 
-    @property
-    def _id(self) -> str:
-        """What the witness calls this ledger: the secret's hash, which its first entry has too."""
-        return _sha256(self._secret)
-
     def _create(self, connection: sa.Connection) -> str:
         secret, is_new = _create(connection)
         if is_new and self._witness_url is not None:
@@ -564,7 +572,7 @@ class Ledger(Database):
             if losses:
                 raise PrivacyError(f"file {copy.path} is refused, for {losses[0]}: restore a newer backup")
             if seen is not None:
-                self._opened_witness().begin(self._id, self._place)
+                self._opened_witness().begin(self.id, self._place)
             _append(connection, "", arrival, {"witnessed": seen is not None})
             return _head(connection)
 
@@ -584,7 +592,7 @@ class Ledger(Database):
         if self._witness_url is None:
             return None
         witness = self._opened_witness()
-        seen = witness.head(self._id)
+        seen = witness.head(self.id)
         if seen is None:
             raise PrivacyError(
                 f"witness {witness.display_url} does not know ledger {self.display_url}: correct witness or "
@@ -614,7 +622,7 @@ class Ledger(Database):
         return result
 
     def _tell_witness(self, head: tuple[int, str]) -> None:
-        if self._opened_witness().advance(self._id, head):
+        if self._opened_witness().advance(self.id, head):
             return
         # Another writer was faster: of this ledger, and then its entry is here, or of a copy.
         seen = self._seen()
@@ -839,6 +847,11 @@ def _create(connection: sa.Connection) -> tuple[str, bool]:
     if is_new:
         meta = _insert_meta(connection, secrets.token_hex(32))
         _append(connection, "", "ledger", {"format": _FORMAT, "secret_sha256": _sha256(meta["secret"])})
+    return _recorded_secret(connection), is_new
+
+
+def _recorded_secret(connection: sa.Connection) -> str:
+    meta = {row.name: row.value for row in connection.execute(sa.select(_meta))}
     secret = meta.get("secret", "")
     if len(secret) != 64 or not set(secret) <= set("0123456789abcdef"):
         raise PrivacyError("ledger has lost its secret, so it cannot tell data sets apart: restore a backup")
@@ -847,7 +860,7 @@ def _create(connection: sa.Connection) -> tuple[str, bool]:
             f"ledger has format {meta.get('format')!r} and this version of dpfa_hf reads {_FORMAT!r}: "
             "update dpfa_hf, or restore a backup"
         )
-    return secret, is_new
+    return secret
 
 
 def _insert_meta(connection: sa.Connection, secret: str) -> dict[str, str]:
@@ -990,7 +1003,7 @@ def _problems(connection: sa.Connection, secret: str) -> tuple[list[str], _Repla
         key = table.primary_key.columns[0].name
         found = {row[key]: dict(row) for row in connection.execute(sa.select(table)).mappings()}
         wrong = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
-        problems += [f"the row of {key} {name} in {table.name} differs from the entries" for name in wrong]
+        problems += [f"the row of {key} {_public(name)} in {table.name} differs from the entries" for name in wrong]
     return problems + replay.overspent(), replay
 
 
@@ -1073,11 +1086,16 @@ class _Replay:
 
     def overspent(self) -> list[str]:
         return [
-            f"the runs of data set {name} reserved more {field} than its budget"
+            f"the runs of data set {_public(name)} reserved more {field} than its budget"
             for name, declaration in self.declared.items()
             for field, limit in zip(("epsilon", "delta"), declaration["budget"] or (), strict=False)
             if not _fits([run[field] for run in self.reserved.get(name, [])], limit)
         ]
+
+
+def _public(name: str) -> str:
+    """A data set's name for messages, which may show no fingerprint (P22)."""
+    return _FINGERPRINT.sub("unnamed", name)
 
 
 def _canonical(value: object) -> str:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import itertools
+import json
 import os
 import shutil
 import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -131,6 +134,124 @@ def postgresql() -> Iterator[PostgreSQL]:
         server = PostgreSQL(Path(folder))
         yield server
         server.kill()
+
+
+@dataclass(frozen=True)
+class SignedRun:
+    """A real private run with all that goes with it: `folder` has `model` (with evidence and signature), `ledger.db`,
+    and the signer's `key.pem` and `key.pub`."""
+
+    folder: Path
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+    @property
+    def url(self) -> str:
+        return f"sqlite:///{self.folder}/ledger.db"
+
+    def sign(self) -> None:
+        from dpfa_hf.signing import sign_model
+
+        sign_model(self.model, self.folder / "key.pem")
+
+    def copy(self, folder: Path) -> SignedRun:
+        shutil.copytree(self.folder, folder)
+        return SignedRun(folder)
+
+
+def new_keys(folder: Path, name: str) -> None:
+    """An EC P-256 pair, `name`.pem and `name`.pub, made as the documentation says."""
+    private, public = folder / f"{name}.pem", folder / f"{name}.pub"
+    made = ["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", str(private)]
+    subprocess.run(made, check=True, capture_output=True)
+    subprocess.run(
+        ["openssl", "ec", "-in", str(private), "-pubout", "-out", str(public)], check=True, capture_output=True
+    )
+
+
+@pytest.fixture(scope="session")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two pairs, `key` and `other`."""
+    folder = tmp_path_factory.mktemp("keys")
+    for name in ("key", "other"):
+        new_keys(folder, name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def signed_run(tmp_path_factory: pytest.TempPathFactory, keys: Path) -> SignedRun:
+    """To be copied by whoever changes it."""
+    import transformers as tf
+
+    from dpfa_hf import DPTrainer, PrivacyArguments
+    from dpfa_hf.evidence import build_evidence
+    from dpfa_hf.ledger import Ledger
+
+    run = SignedRun(tmp_path_factory.mktemp("signed") / "run")
+    run.folder.mkdir()
+    for name in ("key.pem", "key.pub", "other.pem", "other.pub"):
+        shutil.copy(keys / name, run.folder / name)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = tf.BertConfig(vocab_size=11, max_position_embeddings=16, **sizes)
+    args = tf.TrainingArguments(
+        str(run.folder / "checkpoints"), use_cpu=True, report_to=[], disable_tqdm=True, max_steps=3, optim="sgd",
+        per_device_train_batch_size=4, save_strategy="no", logging_strategy="no",
+    )  # fmt: skip
+    trainer = DPTrainer(
+        model=tf.AutoModelForSequenceClassification.from_config(config, attn_implementation="dp_flash"),
+        args=args,
+        train_dataset=[{"input_ids": [i % 7 + 1] * 5, "attention_mask": [1] * 5, "labels": i % 2} for i in range(20)],
+        privacy_args=PrivacyArguments(
+            target_epsilon=50.0,
+            noise_multiplier=1.0,
+            target_delta=1e-3,
+            accountant="rdp",
+            ledger=run.url,
+            ledger_dataset="reviews",
+            dataset_budget_epsilon=60.0,
+            dataset_budget_delta=1e-2,
+        ),  # fmt: skip
+    )
+    trainer.train()
+    trainer.save_model(str(run.model))
+    trainer._run_budget.ledger.close()
+    with Ledger(run.url, create=False) as ledger:
+        (run.model / "evidence.json").write_text(json.dumps(build_evidence(run.model, ledger=ledger)))
+    run.sign()
+    return run
+
+
+Rewriting = Callable[[str, Callable[[list[dict[str, Any]]], list[dict[str, Any]]]], None]
+
+
+@pytest.fixture(scope="session")
+def rewrite_ledger() -> Rewriting:
+    """What somebody can do who may write to a ledger's database: (url, edit of its entries), and the chain is whole."""
+
+    def rewrite(url: str, edit: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
+        import sqlalchemy as sa
+
+        from dpfa_hf import ledger as module
+
+        engine = sa.create_engine(url)
+        with engine.begin() as connection:
+            secret = connection.execute(sa.select(module._meta.c.value).where(module._meta.c.name == "secret")).scalar()
+            replay, kept = module._Replay(secret), []
+            for entry in edit(list(module._in_order(connection))):
+                linked = {**entry, "seq": replay.seq + 1, "prev": replay.last}
+                linked["hash"] = module._sha256(module._canonical({k: v for k, v in linked.items() if k != "hash"}))
+                replay.follow(linked)
+                kept.append(linked)
+            tables = ((module._entries, kept), (module._datasets, [*replay.datasets.values()]))
+            for table, rows in (*tables, (module._runs, [*replay.runs.values()])):
+                connection.execute(table.delete())
+                if rows:
+                    connection.execute(table.insert(), rows)
+        engine.dispose()
+
+    return rewrite
 
 
 @pytest.fixture(autouse=True)

@@ -85,7 +85,7 @@ def url(tmp_path: Path) -> str:
 # ---- every command --------------------------------------------------------------------------------------------------
 
 
-LEDGER_COMMANDS = ("show", "verify", "export", "import", "backup", "restore", "witness")
+LEDGER_COMMANDS = ("show", "verify", "head", "export", "import", "backup", "restore", "witness")
 
 
 @pytest.mark.parametrize("command", [(), ("plan",), ("check",), ("ledger",), *(("ledger", c) for c in LEDGER_COMMANDS)])
@@ -435,8 +435,9 @@ def test_the_commands_of_the_ledgers_page_run_in_its_order(
     page = (Path(__file__).parents[1] / "docs" / "ledger.md").read_text()
     monkeypatch.setenv("DPFA_LEDGER", url)
     server = postgresql.url(postgresql.emptied_database())
-    commands = re.findall(r"^    dpfa (.*)$", page, re.MULTILINE)
-    assert {command.split()[1] for command in commands} == set(LEDGER_COMMANDS)
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"^    ((?:dpfa|openssl) .*)$", page, re.MULTILINE)
+    assert {command.split()[2] for command in commands if command.startswith("dpfa")} == set(LEDGER_COMMANDS)
     for folder in ("mnt/witness", "mnt/backup", "var/lib/dpfa"):
         (tmp_path / folder).mkdir(parents=True)
     for command in commands:
@@ -446,7 +447,11 @@ def test_the_commands_of_the_ledgers_page_run_in_its_order(
             ("/var/", f"{tmp_path}/var/"),
         ):
             command = command.replace(said, meant)
-        result = dpfa(*command.split())
+        program, *arguments = command.split()
+        if program == "openssl":
+            subprocess.run([program, *arguments], check=True, capture_output=True)
+            continue
+        result = dpfa(*arguments)
         if " restore " in command:  # the ledger is not lost, and took no harm
             monkeypatch.setenv("DPFA_LEDGER", f"sqlite:///{tmp_path}/var/lib/dpfa/restored.db")
         if " witness " in command:

@@ -1024,6 +1024,33 @@ def test_a_server_out_of_reach_is_refused_in_one_line_without_the_password(
     assert "hunter" not in one_line(error) and error.value.__suppress_context__
 
 
+def test_no_message_about_a_broken_ledger_shows_a_fingerprint(url: str, ledger: Ledger) -> None:
+    name = "unnamed-" + ledger.fingerprint(b"rows")
+    ledger.open_run(**ask(dataset=name))
+    sql(url, "UPDATE dpfa_datasets SET entry = 1")
+    problems = ledger.verify()
+    assert problems == ["the row of dataset unnamed in dpfa_datasets differs from the entries"]
+    with refused("fails verification") as info:
+        ledger.open_run(**ask())
+    assert name not in one_line(info)
+
+
+def test_a_role_that_may_only_select_can_look_and_not_write(postgresql: Any) -> None:
+    """What a gate, an auditor or a dashboard gets: `create=False` opens a ledger without a right to write."""
+    database = postgresql.new_database()
+    url = postgresql.url(database)
+    with Ledger(url) as ledger:
+        run = ledger.open_run(**ask())
+        postgresql.execute("CREATE ROLE looker LOGIN PASSWORD 'hunter2'")
+        postgresql.execute("GRANT SELECT ON ALL TABLES IN SCHEMA public TO looker", database)
+        with Ledger(url.replace("trainer:", "looker:"), create=False) as looking:
+            assert looking.verify() == [] and looking.head() == ledger.head() and looking.id == ledger.id
+            assert looking.run(run) == ledger.run(run) and looking.hash_at(3) == ledger.head()[1]
+            with refused("permission denied"):
+                looking.open_run(**ask())
+        assert ledger.charge_step(run, 1) == 1
+
+
 def test_a_dropped_connection_is_replaced_and_the_step_counts_once(postgresql: Any, server_url: str) -> None:
     with Ledger(server_url) as ledger:
         run = ledger.open_run(**ask())
@@ -1274,7 +1301,7 @@ def test_a_ledger_ahead_of_its_witness_is_sound(url: str, near: str, monkeypatch
     with Ledger(url, witness=near) as ledger:
         assert ledger.verify() == [] and ledger.resume_run(run, "a" * 64).steps == 1
         assert ledger.charge_step(run, 2) == 2
-        assert ledger._opened_witness().head(ledger._id) == ledger.head()
+        assert ledger._opened_witness().head(ledger.id) == ledger.head()
 
 
 def test_a_witnessed_ledger_is_refused_without_its_witness(url: str, near: str, tmp_path: Path) -> None:
@@ -1368,7 +1395,7 @@ def test_a_creation_that_failed_can_be_repeated(url: str, near: str, monkeypatch
             Ledger(url, witness=near)
     with Ledger(url, witness=near) as ledger:
         assert ledger.open_run(**ask()) and ledger.verify() == []
-        assert ledger._opened_witness().head(ledger._id) == ledger.head()
+        assert ledger._opened_witness().head(ledger.id) == ledger.head()
 
 
 @pytest.mark.parametrize(
@@ -1401,7 +1428,7 @@ def test_writers_that_race_leave_the_witness_at_the_latest_entry(url: str, near:
         for thread in threads:
             thread.join()
         assert failures == [] and ledger.verify() == []
-        assert ledger._opened_witness().head(ledger._id) == ledger.head()
+        assert ledger._opened_witness().head(ledger.id) == ledger.head()
 
 
 # --- moves and backups ------------------------------------------------------------------------------------------------
@@ -1528,7 +1555,7 @@ def test_a_move_keeps_its_witness(url: str, near: str, tmp_path: Path) -> None:
     assert not (tmp_path / "new.sqlite3").exists()
     with ledger_module.import_ledger(file, new, witness=near) as ledger:
         ledger.resume_run(run, "a" * 64)
-        assert ledger.verify() == [] and ledger._opened_witness().head(ledger._id) == ledger.head()
+        assert ledger.verify() == [] and ledger._opened_witness().head(ledger.id) == ledger.head()
     (tmp_path / "new.sqlite3").rename(tmp_path / "taken away")
     with refused("its witness has seen an entry"):
         ledger_module.import_ledger(file, new, witness=near)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -80,17 +81,31 @@ def show(
 
 
 @app.command()
-def verify(ledger: LedgerUrl = None, witness: WitnessUrl = None, as_json: AsJson = False) -> None:
+def verify(
+    ledger: LedgerUrl = None,
+    witness: WitnessUrl = None,
+    signed_head: Annotated[
+        Path | None, typer.Option(help="What `dpfa ledger head` signed: the chain must still have that entry.")
+    ] = None,
+    public_key: Annotated[Path | None, typer.Option(help="The public key, in PEM, of whoever signed it.")] = None,
+    as_json: AsJson = False,
+) -> None:
     """Is the ledger's chain of entries whole, and has it every entry that its witness has seen?
 
     Replays every entry and compares it with its hash and with the totals; exit code 1 if anything differs. Whoever may
     write to the database can rewrite all of it, or put back an older copy: only a witness notices (`dpfa ledger
-    witness`), or a head (number and hash) that you noted elsewhere.
+    witness`), or a head that was signed before and kept elsewhere (`dpfa ledger head`).
 
-    Example: dpfa ledger verify --ledger sqlite:////home/me/ledger.db
+    Example: dpfa ledger verify --ledger sqlite:////home/me/ledger.db --signed-head head.json --public-key key.pub
     """
+    from dpfa_hf.signed_heads import missing_from, read_signed_head
+
+    if (signed_head is None) != (public_key is None):
+        raise typer.BadParameter("give both or neither", param_hint="--signed-head and --public-key")
+    signed = read_signed_head(signed_head, public_key) if signed_head is not None and public_key is not None else None
     with existing_ledger(ledger, witness) as opened:
         problems, head, place, moved = opened.verify(), opened.head(), opened.display_url, opened.moved_to()
+        problems += missing_from(opened, signed) if signed is not None else []
     problems = [_UNNAMED.sub("unnamed", problem) for problem in problems]
     if as_json:
         print_json({"ledger": place, "ok": not problems, "problems": problems, "head": list(head), "moved_to": moved})
@@ -102,6 +117,38 @@ def verify(ledger: LedgerUrl = None, witness: WitnessUrl = None, as_json: AsJson
             typer.echo(f"It is closed: it moved to {moved}.")
     if problems:
         raise typer.Exit(1)
+
+
+@app.command()
+def head(
+    ledger: LedgerUrl = None,
+    witness: WitnessUrl = None,
+    sign_key: Annotated[
+        Path | None, typer.Option(help="An EC P-256 private key in PEM, to sign the head with.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="A new file for the signed head; keep it elsewhere.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """How far has the ledger come? Number and hash of its last entry, signed if you like.
+
+    A signed head that somebody else keeps shows later that no entry before it was changed, dropped or added: see
+    `dpfa ledger verify --signed-head`. The ledger is verified first, and only read.
+
+    Example: dpfa ledger head --sign-key key.pem --out head-2026-11-29.json
+    """
+    from dpfa_hf.signed_heads import read_head, sign_head
+
+    if (sign_key is None) != (out is None):
+        raise typer.BadParameter("give both or neither", param_hint="--sign-key and --out")
+    with existing_ledger(ledger, witness) as opened:
+        place = opened.display_url
+        found = sign_head(opened, sign_key, out) if sign_key is not None and out is not None else read_head(opened)
+    if as_json:
+        print_json({**asdict(found), "file": None if out is None else str(out)})
+    else:
+        typer.echo(f"ledger {place}: head {found.seq} {found.hash} at {found.time}")
+        if out is not None:
+            typer.echo(f"{out}: signed with key {found.key}; keep it where whoever writes to the ledger cannot")
 
 
 @app.command()
