@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dpfa_hf.budget import PrivacySpent
     from dpfa_hf.callbacks import PrivacyBudgetCallback
     from dpfa_hf.loop import PrivateLoop
+    from dpfa_hf.metrics import PrometheusCallback
     from dpfa_hf.per_example.layers import register_rule
     from dpfa_hf.plan import PrivacyPlan
     from dpfa_hf.trainer import DPTrainer, DPTrainerMixin, privatize
@@ -30,6 +31,7 @@ _LAZY = {
     "PrivacySpent": "budget",
     "PrivacyPlan": "plan",
     "PrivateLoop": "loop",
+    "PrometheusCallback": "metrics",
     "register_rule": "per_example.layers",
 }
 
@@ -42,6 +44,7 @@ __all__ = [
     "PrivacyPlan",
     "PrivacySpent",
     "PrivateLoop",
+    "PrometheusCallback",
     "privatize",
     "register_rule",
 ]

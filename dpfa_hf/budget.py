@@ -54,15 +54,23 @@ class PrivacyBudget:
         Raises:
             PrivacyError: the budget is exhausted, or the ledger cannot be written. The step must not be taken then.
         """
-        if self.exhausted:
-            raise PrivacyError(
-                f"the budget of run {self.run} is used up: {self.steps} of {self.plan.max_steps} steps are charged; "
-                "train a new model with a new DPTrainer"
-            )
+        self.refuse_exhausted()
         if self.ledger is None:
             raise PrivacyError(f"this process has no ledger: the first one charges the steps of run {self.run}")
         self.steps = self.ledger.charge_step(self.run, self.steps + 1)
         return self.steps
+
+    def refuse_exhausted(self) -> None:
+        """Raises where no step may be taken any more.
+
+        Raises:
+            PrivacyError: the budget is used up.
+        """
+        if self.exhausted:
+            raise PrivacyError(
+                f"the budget is used up: {self.steps} of {self.plan.max_steps} steps of run {self.run} are charged; the "
+                "model is final, or train anew with a new DPTrainer"
+            )
 
     @property
     def exhausted(self) -> bool:

@@ -30,7 +30,7 @@ from dpfa_hf.accumulation import Accumulation
 from dpfa_hf.arguments import PrivacyArguments
 from dpfa_hf.batch_selection import DrawnUnits, LogicalBatches, RankSlices, TruncatedPoissonSampler, Users
 from dpfa_hf.budget import UNNAMED, PrivacyBudget, PrivacySpent, open_run
-from dpfa_hf.callbacks import PrivacyBudgetCallback
+from dpfa_hf.callbacks import PrivacyBudgetCallback, PrivacyCallback, PrivateRun, watchers
 from dpfa_hf.errors import PrivacyError
 from dpfa_hf.host_memory import freed_memory_kept
 from dpfa_hf.ledger import Ledger
@@ -245,6 +245,23 @@ class DPTrainerMixin(_Base):
         """
         if trial is not None:
             raise PrivacyError(NO_SEARCH)
+        with watchers(self.callback_handler.callbacks) as watching:
+            return self._train_watched(watching, resume_from_checkpoint, ignore_keys_for_eval, **kwargs)
+
+    def _train_watched(
+        self,
+        watching: list[PrivacyCallback],
+        resume_from_checkpoint: str | bool | None,
+        ignore_keys_for_eval: list[str] | None,
+        **kwargs: Any,
+    ) -> TrainOutput:
+        name = self._privacy_args.ledger_dataset
+
+        def prepare() -> None:
+            for callback in watching:
+                callback.prepare(name)
+
+        self._processes.from_first(prepare)
         refuse_arguments(self.args, self._privacy_args)  # either may have been changed since
         refuse_trainer(
             self, self._privacy_args, None if self._task is not None else self._engine.loss, private=DPTrainerMixin
@@ -263,9 +280,9 @@ class DPTrainerMixin(_Base):
             self._run_budget = PrivacyBudget(self.privacy_plan, self._ledger, run)
         else:
             self._run_budget = self._resume_run(checkpoint)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, PrivacyBudgetCallback):
-                callback.bind(self._run_budget, self.callback_handler.callbacks)
+        callbacks = tuple(self.callback_handler.callbacks)
+        for callback in watching:
+            callback.bind(PrivateRun(self._run_budget, name, self._processes.count, checkpoint is not None, callbacks))
         with freed_memory_kept() if self.args.device.type == "cpu" else contextlib.nullcontext():
             output = super().train(checkpoint, None, ignore_keys_for_eval, **kwargs)
         self._processes.from_first(functools.partial(self._end_run, self._run_budget))
@@ -313,6 +330,12 @@ class DPTrainerMixin(_Base):
         report = read_report(checkpoint)
         record = self._ledger.run(report["run"])
         stored = PrivacyPlan.from_dict(record.plan)
+        if record.steps < report["steps"]["charged"]:
+            raise PrivacyError(
+                f"{checkpoint} is of step {report['steps']['charged']} of run {record.run}, and ledger "
+                f"{self._ledger.display_url} has charged {record.steps}: it is an older copy, and going on would not "
+                "count the steps in between; restore a newer backup of the ledger (ledger or DPFA_LEDGER)"
+            )
         ours, theirs = self.privacy_plan.to_dict(), stored.to_dict()
         if self._privacy_args.expected_batch_size is None and ours != theirs:
             # By default it follows the number of processes, which may be another one now: the run keeps its own (P19).
@@ -332,6 +355,8 @@ class DPTrainerMixin(_Base):
         norm = stored.clipping_norm
         if stored.clipping == "adaptive":
             norm = self._read_clipping_norm(self._ledger, checkpoint, record.run)
+        # Before the entry that would show the run as running.
+        PrivacyBudget(stored, self._ledger, record.run, record.steps).refuse_exhausted()
         record = self._ledger.resume_run(record.run, stored.sha256())
         return stored, norm, record.run, record.steps
 

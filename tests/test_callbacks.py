@@ -157,5 +157,6 @@ def test_an_exhausted_budget_raises_before_a_step(tmp_path: Path, planned: Priva
     with pytest.raises(PrivacyError) as info:
         again.train(resume_from_checkpoint=True)
     assert "used up" in str(info.value) and "new DPTrainer" in str(info.value) and "\n" not in str(info.value)
-    assert Ledger(f"sqlite:///{tmp_path}/ledger.db").runs()[0].steps == STEPS
+    (record,) = Ledger(f"sqlite:///{tmp_path}/ledger.db").runs()
+    assert record.steps == STEPS and record.status == "completed"
     assert math.isfinite(again.privacy_spent().epsilon)

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from dpfa_hf import DPTrainer, PrivacyArguments, PrivacyError
 from dpfa_hf import trainer as trainer_module
-from dpfa_hf.ledger import Ledger
+from dpfa_hf.ledger import Ledger, restore_ledger
 from dpfa_hf.noise import GaussianNoise
 
 N = 20
@@ -227,6 +227,27 @@ def test_a_run_that_the_ledger_does_not_know_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PrivacyError) as info:
         build(tmp_path, ledger=f"sqlite:///{tmp_path}/other.db").train(resume_from_checkpoint=True)
     assert "ledger" in str(info.value) and "\n" not in str(info.value)
+
+
+def test_an_older_copy_of_the_ledger_does_not_give_back_steps_that_a_checkpoint_has_seen(tmp_path: Path) -> None:
+    class BackUp(tf.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                with ledger(tmp_path) as opened:
+                    opened.backup(tmp_path / "backup.jsonl")
+
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, callbacks=[BackUp, StopAt(4)]).train()  # leaves checkpoints of steps 1, 2 and 3
+    older = f"sqlite:///{tmp_path}/older.db"
+    restore_ledger(tmp_path / "backup.jsonl", older, unwitnessed=True).close()
+    with pytest.raises(PrivacyError) as info:
+        build(tmp_path, ledger=older).train(resume_from_checkpoint=True)
+    assert "older copy" in str(info.value) and "\n" not in str(info.value)
+    assert Ledger(older).runs()[0].steps == 2
+    # What was charged before the backup goes on: nothing after it is in that checkpoint.
+    trainer = build(tmp_path, ledger=older)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert trainer.privacy_spent().steps == 6
 
 
 def test_a_checkpoint_without_its_report_is_refused(tmp_path: Path) -> None:

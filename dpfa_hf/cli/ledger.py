@@ -38,7 +38,7 @@ def show(
         if run is not None:
             opened.run(run)
         records, sums, place = opened.runs(), opened.datasets(), opened.display_url
-    names = _public_names(record.dataset for record in records)
+    names = public_names(record.dataset for record in records)
     shown = [record for record in records if run in (None, record.run)]
     if as_json:
         print_json([_run_values(record, names, with_plan=run is not None) for record in shown])
@@ -269,7 +269,7 @@ def existing_ledger(url: str | None, witness: str | None = None) -> Ledger:
     return Ledger(url, witness=witness, create=False)
 
 
-def _public_names(datasets: Iterable[str]) -> dict[str, str]:
+def public_names(datasets: Iterable[str]) -> dict[str, str]:
     """By data set: its name, or a number where the name is a fingerprint, which nothing may show (P22)."""
     names: dict[str, str] = {}
     for dataset in dict.fromkeys(datasets):
