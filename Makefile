@@ -1,7 +1,10 @@
 # make demo             install and fine-tune a real model on real text under differential privacy
 # make test             install and run all tests
 # make test-ops         install Prometheus, helm and the other tools of deploy/, and run its tests with them
-# make lint             ruff and mypy
+# make lint             ruff, mypy, and whether model_cards/ are fresh
+# make cards            write model_cards/ again from their stored reports
+# make manifests        write deploy/monitoring, the chart's files and deploy/kustomize again from their sources
+# make sbom             the software bill of materials, licences and secrets of what is shipped
 # make tables           run the tests of families and features, hold all adapters against autograd, and write the tables
 #                       of README.md and docs/adapters.md from the results
 # make compile-all      compile every kernel of the tile tables ahead of time, into benchmarks/results/
@@ -37,7 +40,8 @@ KUBERNETES_TOOLS_SHA256 := ccfe163c2eff9d4f6e58f416faba27abc03066bf2f6a41977d617
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-lm demo-mails test test-ops drill lint bench bench-accuracy bench-attention compile-all tables clean
+.PHONY: demo demo-lm demo-mails test test-ops drill lint cards manifests bench bench-accuracy bench-attention \
+  compile-all tables clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -110,12 +114,21 @@ test-ops: export HELM := $(CURDIR)/$(OPS)/layer/helm/helm
 test-ops: export KUBECTL := $(CURDIR)/$(OPS)/layer/kubectl/kubectl
 test-ops: export CHECKOV := $(CURDIR)/$(OPS)/checkov/bin/checkov
 test-ops: $(VENV)/.ops $(OPS)/.debian $(OPS)/layer $(OPS)/checkov/bin/checkov
-	$(BIN)/python -m pytest deploy/tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 12 deploy/tests
+
+cards: $(VENV)/.test
+	$(BIN)/python model_cards/regenerate.py
+
+manifests: export HELM := $(CURDIR)/$(OPS)/layer/helm/helm
+manifests: $(VENV)/.ops $(OPS)/layer
+	$(BIN)/python deploy/monitoring/build.py
+	$(BIN)/python deploy/kustomize/build.py
 
 lint: $(VENV)/.test
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+	$(BIN)/python model_cards/regenerate.py --check
 
 bench: $(VENV)/.test $(MAILS)
 	$(BIN)/python benchmarks/noise.py

@@ -422,5 +422,7 @@ def test_killed_at_random_moments_the_ledger_counts_every_noise(tmp_path: Path) 
     drawn = sum(line[1] == run for line in noise)
     assert violations(lines, {**charged, run: drawn - 1}, steps) == {"noise before the ledger"}
     assert "a key was used twice" in violations([*lines, noise[0]], {**charged, noise[0][1]: steps}, steps)
-    assert violations([*lines, ["begin", run, "0", "0.0"]], charged, steps) == {"epsilon fell"}
+    # Where every kill came before the first checkpoint, no run has begun with more than epsilon 0 yet.
+    fallen = [["begin", run, "1", "1.0"], ["begin", run, "0", "0.0"]]
+    assert violations([*lines, *fallen], charged, steps) == {"epsilon fell"}
     assert violations(lines, charged, steps - 1) == {"past the plan"}

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 import dpfa_hf
-from dpfa_hf.cli import check, ledger, plan
+from dpfa_hf.cli import audit, check, gate, ledger, plan, report, watch
 from dpfa_hf.errors import PrivacyError
 
 
@@ -37,6 +37,10 @@ app = typer.Typer(
 )
 app.command()(plan.plan)
 app.command()(check.check)
+app.command()(audit.audit)
+app.command()(gate.gate)
+app.command()(report.report)
+app.command()(watch.watch)
 app.add_typer(ledger.app, name="ledger")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -76,6 +77,13 @@ def plan(
         str,
         typer.Option(callback=one_of("snapped", "hardened"), help="hardened: epsilon for finite precision, on CPUs."),
     ] = "snapped",
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Chart what each single change to one plan would buy; up to a minute.")
+    ] = False,
+    tuning_runs: Annotated[
+        int | None, typer.Option(min=2, help="With --compare: what this many tuning runs cost.")
+    ] = None,
+    svg: Annotated[Path | None, typer.Option(dir_okay=False, help="With --compare: draw the charts there.")] = None,
     measure: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="Instead, find how many rows of this model fit into memory."),
@@ -94,21 +102,29 @@ def plan(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What does epsilon 3 cost on a data set of this size? Or, with --measure, how many rows fit into memory?
+    """What does epsilon 3 cost on a data set of this size? What would a change buy? How many rows fit into memory?
 
     Every row is one plan, made by the code that training uses: the noise multiplier sigma that the target needs, and
     the noise that an average gradient then carries. Nothing is read but the numbers you give.
+
+    --compare takes one target and one batch, and says which single change would buy the most.
 
     --measure runs private steps on invented rows in processes of their own, with more and more rows, until memory or
     the gain in speed ends; one that runs out of memory harms nothing. MODEL needs no weights.
 
     Example: dpfa plan --num-units 8530 --target-epsilon 3 --expected-batch-size 512 --epochs 10
 
+    Example: dpfa plan -n 8530 --target-epsilon 3 --expected-batch-size 512 --epochs 10 --compare --tuning-runs 10
+
     Example: dpfa plan --measure ./my-model --tokens 256 --lora 16
     """
     if (measure is None) == (num_units is None):
         raise typer.BadParameter("give --num-units, or a model to --measure")
+    if not compare and (tuning_runs is not None or svg is not None):
+        raise typer.BadParameter("--tuning-runs and --svg need --compare")
     if measure is not None:
+        if compare:
+            raise typer.BadParameter("give --compare or --measure, not both")
         from dpfa_hf.memory_plan import Request
 
         request = Request(
@@ -126,29 +142,45 @@ def plan(
         raise typer.BadParameter("give --epochs or --max-steps, not both")
     if epochs is not None and not 0 < epochs < math.inf:
         raise typer.BadParameter("--epochs must be above 0")
+
+    def arguments_for(epsilon: float) -> PrivacyArguments:
+        return PrivacyArguments(
+            target_epsilon=epsilon,
+            target_delta=delta,
+            noise_multiplier=noise_multiplier,
+            per_example_max_grad_norm=max_grad_norm,
+            clipping=clipping,  # type: ignore[arg-type]
+            private_loss_weight=private_loss_weight,
+            max_batch_size=max_batch_size,
+            privacy_unit=privacy_unit,  # type: ignore[arg-type]
+            # Any name will do: nothing that is printed depends on it.
+            privacy_unit_column="user" if privacy_unit == "user" else None,
+            adjacency=adjacency,  # type: ignore[arg-type]
+            accountant=accountant,  # type: ignore[arg-type]
+            floating_point=floating_point,  # type: ignore[arg-type]
+        )
+
     batches = expected_batch_size or [size for size in (256, 1024) if size <= num_units] or [num_units]
+    asked_steps = {
+        batch: max_steps or math.ceil((3 if epochs is None else epochs) * math.ceil(num_units / batch))
+        for batch in batches
+    }
+    if compare:
+        from dpfa_hf.cli import compare as comparing
+        from dpfa_hf.comparison import Case
+
+        if len(target_epsilon or []) > 1 or len(expected_batch_size or []) > 1:
+            raise typer.BadParameter("--compare takes one --target-epsilon and one --expected-batch-size")
+        base = Case(arguments_for((target_epsilon or [3.0])[0]), num_units, batches[0], asked_steps[batches[0]])
+        comparing.show(base, tuning_runs, svg, as_json)
+        return
     cases = [(epsilon, batch) for epsilon in target_epsilon or [1.0, 3.0, 8.0] for batch in batches]
     rows = []
     for epsilon, batch in track(cases, "Planning", console=Console(stderr=True), transient=True):
-        steps = max_steps or math.ceil((3 if epochs is None else epochs) * math.ceil(num_units / batch))
+        steps = asked_steps[batch]
         row: dict[str, Any] = {"target_epsilon": epsilon, "expected_batch_size": batch, "asked_steps": steps}
         try:
-            arguments = PrivacyArguments(
-                target_epsilon=epsilon,
-                target_delta=delta,
-                noise_multiplier=noise_multiplier,
-                per_example_max_grad_norm=max_grad_norm,
-                clipping=clipping,  # type: ignore[arg-type]
-                private_loss_weight=private_loss_weight,
-                max_batch_size=max_batch_size,
-                privacy_unit=privacy_unit,  # type: ignore[arg-type]
-                # Any name will do: nothing that is printed depends on it.
-                privacy_unit_column="user" if privacy_unit == "user" else None,
-                adjacency=adjacency,  # type: ignore[arg-type]
-                accountant=accountant,  # type: ignore[arg-type]
-                floating_point=floating_point,  # type: ignore[arg-type]
-            )
-            row |= _planned(arguments, num_units, batch, steps)
+            row |= _planned(arguments_for(epsilon), num_units, batch, steps)
         except PrivacyError as error:
             row["refused"] = str(error)
         rows.append(row)
