@@ -4,7 +4,7 @@
 # make lint             ruff, mypy, and whether model_cards/ are fresh
 # make cards            write model_cards/ again from their stored reports
 # make manifests        write deploy/monitoring, the chart's files and deploy/kustomize again from their sources
-# make sbom             the software bill of materials, licences and secrets of what is shipped
+# make sbom             bill of materials into dist/sbom.cdx.json; licences and secrets checked
 # make tables           run the tests of families and features, hold all adapters against autograd, and write the tables
 #                       of README.md and docs/adapters.md from the results
 # make compile-all      compile every kernel of the tile tables ahead of time, into benchmarks/results/
@@ -40,7 +40,7 @@ KUBERNETES_TOOLS_SHA256 := ccfe163c2eff9d4f6e58f416faba27abc03066bf2f6a41977d617
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-lm demo-mails test test-ops drill lint cards manifests bench bench-accuracy bench-attention \
+.PHONY: demo demo-lm demo-mails test test-ops drill lint cards manifests sbom bench bench-accuracy bench-attention \
   compile-all tables clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
@@ -123,6 +123,9 @@ manifests: export HELM := $(CURDIR)/$(OPS)/layer/helm/helm
 manifests: $(VENV)/.ops $(OPS)/layer
 	$(BIN)/python deploy/monitoring/build.py
 	$(BIN)/python deploy/kustomize/build.py
+
+sbom: $(VENV)/.ops
+	$(BIN)/python deploy/supply_chain/check.py
 
 lint: $(VENV)/.test
 	$(BIN)/python -m ruff check .
