@@ -68,8 +68,8 @@ class PrivacyBudget:
         """
         if self.exhausted:
             raise PrivacyError(
-                f"the budget is used up: {self.steps} of {self.plan.max_steps} steps of run {self.run} are charged; the "
-                "model is final, or train anew with a new DPTrainer"
+                f"the budget is used up: {self.steps} of {self.plan.max_steps} steps of run {self.run} are charged; "
+                "the model is final, or train anew with a new DPTrainer"
             )
 
     @property

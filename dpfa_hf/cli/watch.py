@@ -16,7 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from dpfa_hf.cli.ledger import public_names, existing_ledger
+from dpfa_hf.cli.ledger import existing_ledger, public_names
 from dpfa_hf.cli.options import AsJson, LedgerUrl
 from dpfa_hf.cli.printing import console, print_json
 from dpfa_hf.errors import PrivacyError
