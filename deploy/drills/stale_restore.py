@@ -64,7 +64,9 @@ def stale_restore(drill: Drill, options: argparse.Namespace) -> None:
     copy_file(snapshot, file)
     drill.check(charged() < last, f"the snapshot has {charged()} steps, where {last} were taken")
     drill.dpfa("ledger", "verify", refused="its witness has seen an entry")
-    drill.ended(drill.job(*job, *budget, "--resume"), refused="its witness has seen an entry")
+    drill.ended(drill.job(*job, *budget, "--resume"), refused="it is an older copy")
+    other = [f"--output_dir={drill.folder / 'other'}", *job[1:]]
+    drill.ended(drill.job(*other, *budget), refused="its witness has seen an entry")
     drill.check(charged() < last, "nothing was written to it")
 
     drill.say("4. Nor does an empty disk begin anew: the witness knows that a ledger was there.")
