@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dpfa_hf import models
-from dpfa_hf.cli.options import AsJson, one_of
+from dpfa_hf.cli.options import AsJson, Attention, Task
 from dpfa_hf.cli.printing import print_json, print_table
 from dpfa_hf.errors import PrivacyError
 
@@ -18,16 +18,8 @@ if TYPE_CHECKING:
 
 def check(
     model: Annotated[str, typer.Argument(help="A model's directory, or the Hub id of one already downloaded.")],
-    task: Annotated[
-        str,
-        typer.Option(
-            callback=one_of("auto", *models.AUTO_CLASSES),
-            help=f"auto (the head that the configuration names), or one of {', '.join(models.AUTO_CLASSES)}.",
-        ),
-    ] = "auto",
-    attn_implementation: Annotated[
-        str, typer.Option(help="Attention to build the model with; eager where dp_flash is refused.")
-    ] = "dp_flash",
+    task: Task = "auto",
+    attn_implementation: Attention = "dp_flash",
     lora: Annotated[
         int | None, typer.Option(min=1, help="Train a LoRA adapter of this rank on all linear layers.")
     ] = None,

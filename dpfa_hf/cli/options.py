@@ -7,6 +7,18 @@ from typing import Annotated
 
 import typer
 
+from dpfa_hf.models import AUTO_CLASSES
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    def checked(value: str) -> str:
+        if value not in choices:
+            raise typer.BadParameter(f"{value!r} is not one of {', '.join(choices)}")
+        return value
+
+    return checked
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
 LedgerUrl = Annotated[
     str | None,
@@ -24,12 +36,14 @@ WitnessUrl = Annotated[
         show_default=False,
     ),
 ]
-
-
-def one_of(*choices: str) -> Callable[[str], str]:
-    def checked(value: str) -> str:
-        if value not in choices:
-            raise typer.BadParameter(f"{value!r} is not one of {', '.join(choices)}")
-        return value
-
-    return checked
+Task = Annotated[
+    str,
+    typer.Option(
+        callback=one_of("auto", *AUTO_CLASSES),
+        help=f"auto (the head that the configuration names), or one of {', '.join(AUTO_CLASSES)}.",
+    ),
+]
+Attention = Annotated[
+    str,
+    typer.Option("--attn-implementation", help="Attention to build the model with; eager where dp_flash is refused."),
+]
