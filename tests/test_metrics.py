@@ -295,14 +295,12 @@ class Mutant(PrometheusCallback):
     """Exports something private under the name of a harmless metric."""
 
     private: Any
+    leak: Callable[[], float]
 
     def _snapshot(self, run: Any) -> Any:
         snapshot = super()._snapshot(run)
         snapshot.values["dpfa_learning_rate"] = self.leak()
         return snapshot
-
-    def leak(self) -> float:
-        raise NotImplementedError
 
 
 class RawLoss(Mutant):
