@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from dpfa_hf.per_example.layers import MORE_MEMORY
+
 
 class LinearCall(NamedTuple):
     """One call of a linear layer: `tokens` vectors of `columns` numbers of each row become vectors of `rows`."""
@@ -35,7 +37,8 @@ class Operations(NamedTuple):
     def limit(self) -> float:
         """Time of a private step over that of a plain one, if all operations ran at one speed and nothing else cost.
 
-        The clipped sum costs what the weight gradients cost that it replaces, so the norms are all that is added.
+        The clipped sum costs what the weight gradients cost that it replaces, so the norms are all that is added; and
+        where these gradients are written out for each row, which then need no second product, nothing is.
         """
         return 1 + self.norms / (self.forward + self.backward)
 
@@ -67,8 +70,13 @@ def linear_calls(model: nn.Module, batch: Mapping[str, Any]) -> list[LinearCall]
     return calls
 
 
-def squared_norm_operations(tokens: int, columns: int, rows: int) -> int:
-    """The cheaper of the two forms: half of both Gram matrices, or the gradient itself, tile by tile."""
+def squared_norm_operations(tokens: int, columns: int, rows: int, *, written_out: bool) -> int:
+    """The cheaper of the two forms: half of both Gram matrices, or the gradient itself, tile by tile.
+
+    None if long rows' gradients are `written_out`: those that are about as small as what they are made of.
+    """
+    if written_out and columns * rows <= MORE_MEMORY * tokens * (columns + rows):
+        return 0
     return min(tokens**2 * (columns + rows), 2 * tokens * columns * rows)
 
 
@@ -81,12 +89,13 @@ def attention_operations(config: Any, tokens: int, *, causal: bool) -> tuple[int
 
 
 def count(model: nn.Module, batch: Mapping[str, Any], config: Any, *, causal: bool) -> Operations:
-    """Operations for each row of batches like `batch`, which has one row."""
-    calls = linear_calls(model, batch)
+    """Operations for each row of batches like `batch`, which has one row. Kernels on a GPU write nothing out."""
+    calls, written_out = linear_calls(model, batch), batch["input_ids"].device.type == "cpu"
     forward, backward = attention_operations(config, batch["input_ids"].shape[1], causal=causal)
     for call in calls:
         product = 2 * call.tokens * call.columns * call.rows
         forward += product
         backward += product * (call.needs_weight_gradient + call.needs_input_gradient)
-    norms = (squared_norm_operations(*call[:3]) for call in calls if call.needs_weight_gradient)
+    trained = (call for call in calls if call.needs_weight_gradient)
+    norms = (squared_norm_operations(*call[:3], written_out=written_out) for call in trained)
     return Operations(forward, backward, sum(norms))

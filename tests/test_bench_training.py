@@ -200,14 +200,18 @@ def test_operations_are_those_that_torch_counts(benchmark: SimpleNamespace, buil
 
 def test_norm_takes_the_cheaper_form_and_the_limit_is_that_of_the_design(benchmark: SimpleNamespace) -> None:
     operations = benchmark.operations
+    cost = operations.squared_norm_operations
     # Either side of the crossover T* = 2dp / (d + p) = 768, and at it.
-    assert operations.squared_norm_operations(767, 768, 768) == 767**2 * 1536
-    assert operations.squared_norm_operations(769, 768, 768) == 2 * 769 * 768 * 768
-    assert operations.squared_norm_operations(768, 768, 768) == 2 * 768**3
+    assert cost(767, 768, 768, written_out=False) == 767**2 * 1536
+    assert cost(769, 768, 768, written_out=False) == 2 * 769 * 768 * 768
+    assert cost(768, 768, 768, written_out=False) == 2 * 768**3
+    # From 40 % of it on, a row's gradient takes at most 1.25 times its factors' memory, and needs no other product.
+    assert cost(307, 768, 768, written_out=True) == 307**2 * 1536
+    assert cost(308, 768, 768, written_out=True) == 0
     # The share of one layer's three products: 3 % at T = 128, 14 % at 1024, width 4096.
     for tokens, share in ((128, 0.01), (1024, 0.083)):
         product = 2 * tokens * 4096**2
-        norms = operations.squared_norm_operations(tokens, 4096, 4096)
+        norms = cost(tokens, 4096, 4096, written_out=True)
         assert operations.Operations(product, 2 * product, norms).limit == pytest.approx(1 + share, abs=3e-3)
 
 

@@ -352,11 +352,12 @@ def test_mutant_nan_loss_not_zeroed_is_caught() -> None:
 # Clipped sums
 
 
-@pytest.fixture(params=["written out", "factors"])
+@pytest.fixture(params=["narrow", "factors", "long"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Matrices as narrow as these models', and the same under the rules for wide ones."""
-    if request.param == "factors":
+    """Matrices as narrow as these models', and the same under the rules for wide ones with short or long rows."""
+    if request.param != "narrow":
         monkeypatch.setattr(layers.Outer, "narrow", False)
+        monkeypatch.setattr(layers.Outer, "long", request.param == "long")
 
 
 @pytest.mark.usefixtures("form")
@@ -619,6 +620,7 @@ def test_mutant_clipping_by_batch_is_caught(regime: str) -> None:
 
 def test_mutant_tied_term_dropped_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     assert worst_tied_row() <= SLACK
+    monkeypatch.setattr(layers.Outer, "long", False)  # or else head and table are one gradient
     monkeypatch.setattr(layers, "combined_squared_norm", lambda uses: sum(use.squared_norm() for use in uses))
     assert worst_tied_row() > SLACK
 
@@ -663,12 +665,14 @@ def gram_in(dtype: torch.dtype) -> Callable[[layers.Outer], torch.Tensor]:
 
 def test_mutant_norm_in_bfloat16_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers.Outer, "narrow", False)
+    monkeypatch.setattr(layers.Outer, "long", False)
     monkeypatch.setattr(layers.Outer, "squared_norm", gram_in(torch.bfloat16))
     assert worst_cancellation(50.0) > SLACK
 
 
 def test_mutant_gram_in_float32_without_the_bound_on_cancellation_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers.Outer, "narrow", False)
+    monkeypatch.setattr(layers.Outer, "long", False)
     monkeypatch.setattr(layers.Outer, "squared_norm", gram_in(torch.float32))
     monkeypatch.setattr(gradients, "MAX_CANCELLATION", math.inf)
     assert worst_cancellation(2.0**13) > SLACK

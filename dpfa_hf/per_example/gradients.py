@@ -103,11 +103,12 @@ class PerExampleGradients:
         self.statistics, self.exact_sums = statistics, exact_sums
         self.layouts: dict[str, str] = {}
         self.parameters = {id(p): (name, p) for name, p in model.named_parameters() if p.requires_grad}
+        self._named: dict[str, nn.Parameter] = dict(self.parameters.values())
         if not self.parameters:
             raise PrivacyError("model has no trainable parameter; set requires_grad on some, or add an adapter")
         if exact_sums:
-            _refuse_large(self.parameters.values())
-        self.shards = Shards.of(model, {name: p for name, p in self.parameters.values()})
+            _refuse_large(self._named.items())
+        self.shards = Shards.of(model, self._named)
         if self.shards is not None and exact_sums:
             raise PrivacyError(
                 "floating_point='hardened' bounds sums that one process takes, and this model's are spread by FSDP2; "
@@ -232,11 +233,11 @@ class PerExampleGradients:
             PrivacyError: if an addition was interrupted, for then other examples' shares may be missing.
         """
         self._refuse_interrupted()
-        for name, parameter in self.parameters.values():
+        for name, parameter in self._named.items():
             if name not in self._sums:
                 self._sums[name] = self._zeros(name, parameter)
         sums, self._sums = self._sums, {}
-        taken = {name: sums[name] for name, _ in self.parameters.values()}
+        taken = {name: sums[name] for name in self._named}
         if self.statistics is not None:
             taken[self.statistics.name] = self.statistics.take(next(iter(taken.values())).device)
         return taken
@@ -396,13 +397,15 @@ class PerExampleGradients:
                 uses.setdefault(name, []).append(found)
         if self.exact_sums:  # which are in float64 from here on
             return uses
-        return {name: layers.write_out_narrow(parts) for name, parts in uses.items()}
+        for name in uses:  # one by one, so that what a gradient was made of goes when it has come
+            uses[name] = layers.write_out(uses[name])
+        return uses
 
     def clipping_groups(self) -> dict[str, int]:
         """Parameter name -> clipping group. "per_layer": one group for each module that owns trainable parameters; a
         tied parameter is in the first one's. Otherwise one group."""
         groups: dict[str, int] = {}
-        for name, _ in self.parameters.values():
+        for name in self._named:
             groups[name] = 0
         if self.clipping == "per_layer":
             owners = {name: name.rpartition(".")[0] for name in groups}
@@ -450,8 +453,10 @@ class PerExampleGradients:
         weights = self.coefficients(norms)
         keep = torch.isfinite(norms)
         all_finite = bool(keep.all())
-        for name, parameter in self.parameters.values():
-            parts, spread = uses.pop(name, []), self.shards is not None and name in self.shards
+        # The processes of a spread model add the same parameters in the same order, whatever each has of them.
+        for name in list(uses if self.shards is None else self._named):
+            parts, parameter = uses.pop(name, []), self._named[name]
+            spread = self.shards is not None and name in self.shards
             if not parts and not spread:
                 continue
             if name not in self._sums:
@@ -474,7 +479,7 @@ class PerExampleGradients:
 
     def gathered_parameters(self) -> list[torch.Tensor]:
         """The trainable parameters as the last synthetic forward pass has used them; those of FSDP2 in one piece."""
-        return [self._gathered.get(name, parameter) for name, parameter in self.parameters.values()]
+        return [self._gathered.get(name, parameter) for name, parameter in self._named.items()]
 
 
 class _Detach:

@@ -39,6 +39,8 @@ _GRAM_ROWS = 64
 _ALWAYS_TILES = 64
 # Positions of a vector's gradient that are added up in float32.
 _GROUP = 16
+# Of gradients that are written out, over what they are made of, which is dropped then.
+MORE_MEMORY = 1.25
 # A matrix so many times as tall as wide is summed as its transpose: BLAS is several times faster so (LoRA's B).
 _NARROW = 16
 
@@ -171,15 +173,27 @@ class Outer:
         else the longest row would decide how its neighbours' norms round."""
         return not _may_be_gram(self.left.shape[-1], self.right.shape[-1]) and not fused(self.left, self.right)
 
+    @property
+    def long(self) -> bool:
+        """Whether the gradients, written out, take about as little memory as what they are made of. Then that costs
+        less than any form of the norm, because their sum is no product any more."""
+        size = compute_dtype(self.left).itemsize * self._count * self.left.shape[-1] * self.right.shape[-1]
+        made_of = self.left.nbytes + self.right.nbytes
+        return size <= MORE_MEMORY * made_of and not fused(self.left, self.right)
+
     def written_out(self) -> Dense:
-        """The same gradients, multiplied out in float32; their norm is then that of the very numbers that are added."""
+        """The same gradients, multiplied out in float32; their norm is then that of the very numbers that are added.
+
+        Guarantee:
+            What is added to the squared norm of a matrix that is not narrow is what `squared_norm` would add, so that
+            the longest row of a batch, which decides whether it is written out, does not shorten its neighbours (P14).
+        """
         dtype = compute_dtype(self.left)
-        grads = self.left.new_zeros(self._count, self.left.shape[-1], self.right.shape[-1], dtype=dtype)
+        grads = self.left.new_empty(self._count, self.left.shape[-1], self.right.shape[-1], dtype=dtype)
         for examples, left, right in self._blocks():
-            left, right = left.to(dtype).transpose(1, 2), right.to(dtype)
-            for t in range(0, right.shape[1], _MAX_TERMS):
-                grads[examples].baddbmm_(left[..., t : t + _MAX_TERMS], right[:, t : t + _MAX_TERMS])
-        return Dense(grads, self.mass)
+            torch.bmm(left.to(dtype).transpose(1, 2), right.to(dtype), out=grads[examples])
+        written = Dense(grads, self.mass)
+        return written if self.narrow else replace(written, margin=self._worst_error(written.squared_norm()))
 
     def add_one_by_one(self, weights: torch.Tensor, out: torch.Tensor) -> None:
         """As `add_weighted_sum`, with every example's product formed by itself before it is added."""
@@ -425,16 +439,19 @@ class Lookup:
 
 @dataclass
 class Dense:
-    """Per-example gradients written out, for parameters so small (biases, norms) that this costs nothing.
+    """Per-example gradients written out, for parameters so small (biases, norms) that this costs nothing, and for
+    matrices whose gradients are no larger than what they are made of.
 
     Args:
         grads: [B, *parameter shape]. The norm is that of these very numbers, which are added.
         mass_of_terms: [B] float64, what the rounding errors of the sum over positions are proportional to; by default,
             as of a sum in float64, the norm.
+        margin: [B] float64, what is added to the squared norm beyond that.
     """
 
     grads: torch.Tensor
     mass_of_terms: torch.Tensor | None = None
+    margin: torch.Tensor | None = None
     positions = 1
 
     @property
@@ -443,11 +460,22 @@ class Dense:
         return self.squared_norm().sqrt() if self.mass_of_terms is None else self.mass_of_terms
 
     def squared_norm(self) -> torch.Tensor:
-        return self.grads.double().flatten(1).square().sum(1)
+        return self._squares if self.margin is None else self._squares + self.margin
+
+    @cached_property
+    def _squares(self) -> torch.Tensor:
+        grads, out = self.grads.flatten(1), self.grads.new_zeros(len(self.grads), dtype=torch.float64)
+        step = max(1, _MAX_TEMPORARY // 2 // max(len(grads), 1))
+        for start in range(0, grads.shape[1], step):
+            out += grads[:, start : start + step].double().square().sum(1)
+        return out
 
     def add_weighted_sum(self, weights: torch.Tensor, out: torch.Tensor) -> None:
-        grads = self.grads.flatten(1).double()
-        out.add_((weights.double() @ grads).view(out.shape).to(out.dtype))
+        grads = self.grads.flatten(1)
+        if grads.dtype == out.dtype:
+            out.view(1, -1).addmm_(weights.to(out.dtype)[None], grads)
+        else:
+            out.add_((weights.double() @ grads.double()).view(out.shape).to(out.dtype))
 
     def add_one_by_one(self, weights: torch.Tensor, out: torch.Tensor) -> None:
         """As `add_weighted_sum`, with every example's gradient multiplied by itself before it is added."""
@@ -487,10 +515,21 @@ def combined_squared_norm(uses: Sequence[PerExampleGradient]) -> torch.Tensor:
     return torch.stack([sum((use.example(i) for use in uses[1:]), uses[0].example(i)).square().sum() for i in examples])
 
 
-def write_out_narrow(uses: list[PerExampleGradient]) -> list[PerExampleGradient]:
-    """A narrow matrix's uses, written out; others as they are."""
-    outer = [use for use in uses if isinstance(use, Outer) and use.narrow]
-    return [use.written_out() for use in outer] if len(outer) == len(uses) else uses
+def write_out(uses: list[PerExampleGradient]) -> list[PerExampleGradient]:
+    """A parameter's uses, written out where its matrix is narrow or its rows are long; others as they are."""
+    outer = [use for use in uses if isinstance(use, Outer)]
+    if len(outer) == len(uses) and all(use.narrow for use in outer):
+        return [use.written_out() for use in outer]
+    lookup = [use for use in uses if isinstance(use, Lookup) and not use.transposed]
+    if len(outer) != 1 or len(outer) + len(lookup) != len(uses) or not outer[0].long:
+        return uses
+    written = outer[0].written_out()
+    for use in lookup:
+        for i, total in enumerate(written.grads):
+            index, grad = use.tokens(i)
+            total.index_add_(0, index, grad.to(total.dtype))
+    # A new object, because the margin belongs to the matrix product alone, and the norm to everything.
+    return [Dense(written.grads, sum((use.mass for use in lookup), written.mass), written.margin)]
 
 
 def add_weighted_sums(

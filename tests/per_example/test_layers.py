@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -66,12 +67,13 @@ def test_any_combination_of_uses_agrees_with_materialised_gradients(
     made = [make(kind, seed + i, batch, length + i, rows, columns) for i, kind in enumerate(kinds)]
     uses, full = [use for use, _ in made], sum(gradient for _, gradient in made)
     scale = sum(use.mass for use in uses).square()
-    error = (combined_squared_norm(uses) - full.flatten(1).square().sum(1)).abs()
-    assert bool((error <= 1e-5 * scale).all())
     weights = torch.randn(batch, dtype=torch.float64)
     expected = torch.einsum("b,brc->rc", weights, full)
-    found = weighted_sum(uses, weights, rows, columns)
-    assert float((found - expected).abs().max()) <= 1e-5 * float((weights.abs() * scale.sqrt()).sum())
+    for form in (uses, layers.write_out(uses), written(uses)):
+        error = (combined_squared_norm(form) - full.flatten(1).square().sum(1)).abs()
+        assert bool((error <= 1e-5 * scale).all())
+        found = weighted_sum(form, weights, rows, columns)
+        assert float((found - expected).abs().max()) <= 1e-5 * float((weights.abs() * scale.sqrt()).sum())
     for use, gradient in made:
         assert all(torch.allclose(use.example(i), gradient[i], atol=1e-12) for i in range(batch))
         assert bool((use.mass >= gradient.flatten(1).norm(dim=1) * (1 - 1e-5)).all())
@@ -252,6 +254,7 @@ def test_a_gradient_that_is_written_out_needs_no_bound_because_it_is_what_is_add
     without_rounding_bounds(monkeypatch)
     assert worst_contribution(NARROW) <= 1 + 1e-6
     monkeypatch.setattr(Outer, "narrow", False)  # the norm of one product, and another product in the sum
+    monkeypatch.setattr(Outer, "long", False)
     assert worst_contribution(NARROW) > BOUND
 
 
@@ -267,10 +270,81 @@ def test_a_gradient_that_is_written_out_is_the_same_gradient(packed: bool) -> No
     assert torch.equal(written.mass, use.mass)
 
 
-def test_only_matrices_that_are_narrow_whatever_the_length_are_written_out() -> None:
+def written(uses: list[Any]) -> list[Any]:
+    """`layers.write_out` of a parameter whose matrix is wide and whose rows are long, whatever the sizes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Outer, "narrow", False)
+        patch.setattr(Outer, "long", True)
+        return layers.write_out(uses)
+
+
+def test_only_what_is_narrow_or_takes_a_quarter_more_memory_written_out_is_written_out() -> None:
     for length in (1, 8, 4096):
         assert Outer(torch.empty(1, length, 8), torch.empty(1, length, 4096)).narrow
         assert not Outer(torch.empty(1, length, 768), torch.empty(1, length, 768)).narrow
+    for dtype, least in ((torch.float32, 308), (torch.bfloat16, 615)):
+        factors = [torch.empty(3, least, 768, dtype=dtype) for _ in range(2)]
+        assert Outer(*factors).long
+        assert not Outer(*(factor[:, 1:] for factor in factors)).long
+        one_row, total = [factor.flatten(0, 1) for factor in factors], 3 * least
+        assert Outer(*one_row, Segments(torch.tensor([0, least, least + 1, total]), total, 2 * least)).long
+        assert not Outer(*one_row, Segments(torch.tensor([0, 9, least, least + 1, total]), total, 2 * least)).long
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kinds", [("outer",), ("outer", "lookup"), ("lookup", "outer", "lookup")], ids="+".join)
+def test_long_rows_are_written_out_in_one_gradient_with_all_its_uses(kinds: tuple[str, ...], packed: bool) -> None:
+    made = [make(kind, i, 3, 4, 5, 6) for i, kind in enumerate(kinds)]
+    uses, full = [use for use, _ in made], sum(gradient for _, gradient in made)
+    mass = sum(use.mass for use in uses)
+    if packed:
+        segments = Segments(torch.tensor([0, 4, 8, 12]), total=12, longest=4)
+        uses = [
+            Outer(use.left.flatten(0, 1), use.right.flatten(0, 1), segments)
+            if isinstance(use, Outer)
+            else Lookup(use.index.flatten(), use.grad.flatten(0, 1), 5, segments)
+            for use in uses
+        ]
+    (found,) = written(uses)
+    assert torch.allclose(found.grads.double(), full, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(found.mass, mass, rtol=1e-6)
+    own = found.grads.double().flatten(1).square().sum(1)
+    assert bool((found.squared_norm() >= own).all()) and torch.allclose(found.squared_norm(), own, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kinds", [("outer", "outer"), ("outer", "dense"), ("lookup",), ("lookup", "lookup")], ids=str)
+def test_other_uses_of_long_rows_keep_their_forms(kinds: tuple[str, ...]) -> None:
+    uses = [make(kind, i, 3, 4, 5, 6)[0] for i, kind in enumerate(kinds)]
+    assert written(uses) == uses
+    transposed = Lookup(torch.zeros(3, 4, dtype=torch.long), torch.zeros(3, 4, 5), 6, transposed=True)
+    assert written([make("outer", 0, 3, 4, 5, 6)[0], transposed])[1] is transposed
+
+
+def test_mutant_norm_taken_before_the_tied_table_is_added_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = [make(kind, 0, 3, 4, 5, 6) for kind in ("outer", "lookup")]
+    expected = sum(full for _, full in made).flatten(1).square().sum(1)
+    assert torch.allclose(written([use for use, _ in made])[0].squared_norm(), expected, rtol=1e-3)
+    renew = layers.Dense.__init__
+
+    def stale(self: Dense, grads: torch.Tensor, *rest: Any, **more: Any) -> None:
+        renew(self, grads, *rest, **more)
+        self.__dict__["_squares"] = kept.setdefault(grads.data_ptr(), Dense._squares.func(self))
+
+    kept: dict[int, torch.Tensor] = {}
+    monkeypatch.setattr(layers.Dense, "__init__", stale)
+    assert not torch.allclose(written([use for use, _ in made])[0].squared_norm(), expected, rtol=1e-1)
+
+
+@pytest.mark.parametrize("limit", [1, 7, 30])
+def test_gradients_that_are_written_out_have_the_same_norm_and_sum_in_blocks_of_any_size(
+    limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use, full = make("dense", 0, 3, 4, 5, 6)
+    monkeypatch.setattr(layers, "_MAX_TEMPORARY", limit)
+    assert torch.allclose(use.squared_norm(), full.flatten(1).square().sum(1), rtol=1e-12)
+    weights = torch.tensor([0.5, -2.0, 1.0], dtype=torch.float64)
+    expected = torch.einsum("b,brc->rc", weights, full)
+    assert torch.allclose(weighted_sum([use], weights, 5, 6).double(), expected, atol=1e-5)
 
 
 def largest_shortfall(length: int, rows: int, columns: int) -> float:
@@ -311,11 +385,15 @@ def shift_by_neighbours(rows: int, columns: int) -> float:
     left, right = (torch.randn(3, 40, width, generator=generator) for width in (rows, columns))
     # Inputs at padding are whatever the model made of them; gradients there are zero.
     padded = Outer(nn.functional.pad(left, (0, 0, 0, 360)), nn.functional.pad(right, (0, 0, 0, 360), value=0.7))
-    alone = Outer(left, right).squared_norm()
-    return float(((padded.squared_norm() - alone) / alone).abs().max())
+    alone = combined_squared_norm(layers.write_out([Outer(left, right)]))
+    return float(((combined_squared_norm(layers.write_out([padded])) - alone) / alone).abs().max())
 
 
-@pytest.mark.parametrize("shape", [(300, 300), (700, 90), (16, 300)], ids=["gram then tiles", "mixed", "tiles"])
+@pytest.mark.parametrize(
+    "shape",
+    [(300, 300), (1200, 1100), (16, 300)],
+    ids=["gram, then written out", "gram, then tiles", "narrow, written out"],
+)
 def test_what_clips_a_row_does_not_depend_on_how_long_its_neighbours_are(shape: tuple[int, int]) -> None:
     assert shift_by_neighbours(*shape) <= 2e-6
 
@@ -330,7 +408,14 @@ def test_mutant_bound_that_follows_the_form_or_the_padding_is_caught(monkeypatch
     )
     assert shift_by_neighbours(300, 300) > 1e-4
     monkeypatch.setattr(Outer, "_worst_error", lambda self, value: 2e-6 * self.left.shape[1] * value.sqrt() * self.mass)
-    assert shift_by_neighbours(16, 300) > 1e-4
+    assert shift_by_neighbours(300, 300) > 1e-4
+
+
+def test_mutant_long_rows_without_the_bound_of_short_ones_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each neighbour would be stretched, by as much, when the long row leaves."""
+    honest = Outer.written_out
+    monkeypatch.setattr(Outer, "written_out", lambda self: replace(honest(self), margin=None))
+    assert shift_by_neighbours(300, 300) > 1e-4
 
 
 def test_gradients_too_small_for_float32_products_keep_their_norm() -> None:
