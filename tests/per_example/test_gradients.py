@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 from collections.abc import Iterator
 from fractions import Fraction
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpfa_hf.errors import PrivacyError
@@ -175,6 +177,95 @@ def tied_without_cross_term(uses: Any) -> torch.Tensor:
 
 def one_coefficient(engine: PerExampleGradients, norms: torch.Tensor) -> torch.Tensor:
     return torch.full_like(norms, engine.clipping_norm / max(float(norms.square().sum().sqrt()), engine.clipping_norm))
+
+
+class Deep(nn.Module):
+    """Wide layers on rows [B, T, 160], of which those beyond a row's length reach no loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(160, 160, bias=False) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return x
+
+
+def squares_within(model: nn.Module, batch: Any) -> torch.Tensor:
+    inside = torch.arange(batch["x"].shape[1]) < batch["length"][:, None]
+    return (model(batch["x"]).square().sum(2) * inside).sum(1)
+
+
+def rows_of_length(length: int, padded: int) -> dict[str, torch.Tensor]:
+    x = torch.randn(3, length, 160, generator=torch.Generator().manual_seed(0))
+    return {"x": nn.functional.pad(x, (0, 0, 0, padded - length), value=0.3), "length": torch.full((3,), length)}
+
+
+def deep_engine() -> PerExampleGradients:
+    torch.manual_seed(0)
+    engine = PerExampleGradients(Deep(), squares_within, clipping_norm=0.5)
+    preflight.check(engine, rows_of_length(4, 4))
+    return engine
+
+
+@pytest.mark.parametrize("length", [20, 100])
+def test_rows_add_the_same_whether_they_are_long_or_padded_to_be_and_what_autograd_says(
+    lab: SimpleNamespace, length: int
+) -> None:
+    engine, found = deep_engine(), {}
+    for padded in (length, 100):
+        written = []
+        with pytest.MonkeyPatch.context() as patch:
+            write = layers.Outer.written_out
+            patch.setattr(layers.Outer, "written_out", lambda self: written.append(self) or write(self))  # noqa: B023
+            engine.accumulate(rows_of_length(length, padded))
+        assert len(written) == (3 if padded == 100 else 0)
+        found[padded] = {name: value.double() for name, value in engine.take().items()}
+    assert lab.relative_error(found[length], found[100]) < 1e-6
+    model, rows = engine.model.double(), {k: v.double() for k, v in rows_of_length(length, length).items()}
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    each = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in squares_within(model, rows)]
+    expected = lab.clipped_sum([dict(zip(names, grads, strict=True)) for grads in each], 0.5)
+    assert lab.relative_error(found[length], expected) < 1e-3
+
+
+def most_alive_while_writing(monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many layers' output gradients live while the last one's are made into gradients of its weight."""
+    gradients: list[StorageWeakRef] = []
+    alive: list[int] = []
+    write = layers.Outer.written_out
+
+    def noted(self: layers.Outer) -> layers.Dense:
+        alive.append(sum(not ref.expired() for ref in gradients))
+        gradients.append(StorageWeakRef(self.left.untyped_storage()))
+        return write(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layers.Outer, "written_out", noted)
+        engine = deep_engine()
+        gradients.clear(), alive.clear()
+        engine.accumulate(rows_of_length(100, 100))
+    assert len(alive) == 3
+    return alive[-1]
+
+
+def test_what_gradients_were_made_of_goes_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    gc.disable()
+    try:
+        assert most_alive_while_writing(monkeypatch) == 0
+        uses = PerExampleGradients._uses
+
+        def kept(self: PerExampleGradients, calls: list) -> dict:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(layers, "write_out", lambda parts: parts)
+                found = uses(self, calls)
+            return {name: layers.write_out(parts) for name, parts in found.items()}
+
+        monkeypatch.setattr(PerExampleGradients, "_uses", kept)
+        assert most_alive_while_writing(monkeypatch) == 2, "the mutant keeps all, and should have been seen"
+    finally:
+        gc.enable()
 
 
 def no_clipping(engine: PerExampleGradients, norms: torch.Tensor) -> torch.Tensor:
