@@ -105,7 +105,7 @@ def packing_table(packing: Mapping[str, Any]) -> list[str]:
     lines.append("|---|---|---|")
     for name, found in packing["contenders"].items():
         if found["status"] == "timed":
-            lines.append(f"| {PACKINGS[name]} | {found['documents_per_second']:.1f} | {found['tokens']:,} |")
+            lines.append(f"| {PACKINGS[name]} | {found['documents_per_second']:.2f} | {found['tokens']:,} |")
         else:
             lines.append(f"| {PACKINGS[name]} | {ratio(found)} | |")
     packed = packing["contenders"]["packed"]
