@@ -182,18 +182,12 @@ class Outer:
         return size <= MORE_MEMORY * made_of and not fused(self.left, self.right)
 
     def written_out(self) -> Dense:
-        """The same gradients, multiplied out in float32; their norm is then that of the very numbers that are added.
-
-        Guarantee:
-            What is added to the squared norm of a matrix that is not narrow is what `squared_norm` would add, so that
-            the longest row of a batch, which decides whether it is written out, does not shorten its neighbours (P14).
-        """
+        """The same gradients, multiplied out in float32; their norm is then that of the very numbers that are added."""
         dtype = compute_dtype(self.left)
         grads = self.left.new_empty(self._count, self.left.shape[-1], self.right.shape[-1], dtype=dtype)
         for examples, left, right in self._blocks():
             torch.bmm(left.to(dtype).transpose(1, 2), right.to(dtype), out=grads[examples])
-        written = Dense(grads, self.mass)
-        return written if self.narrow else replace(written, margin=self._worst_error(written.squared_norm()))
+        return Dense(grads, self.mass)
 
     def add_one_by_one(self, weights: torch.Tensor, out: torch.Tensor) -> None:
         """As `add_weighted_sum`, with every example's product formed by itself before it is added."""
@@ -440,7 +434,7 @@ class Lookup:
 @dataclass
 class Dense:
     """Per-example gradients written out, for parameters so small (biases, norms) that this costs nothing, and for
-    matrices whose gradients are no larger than what they are made of.
+    matrices whose gradients are about as small as what they are made of.
 
     Args:
         grads: [B, *parameter shape]. The norm is that of these very numbers, which are added.
@@ -516,7 +510,12 @@ def combined_squared_norm(uses: Sequence[PerExampleGradient]) -> torch.Tensor:
 
 
 def write_out(uses: list[PerExampleGradient]) -> list[PerExampleGradient]:
-    """A parameter's uses, written out where its matrix is narrow or its rows are long; others as they are."""
+    """A parameter's uses, written out where its matrix is narrow or its rows are long; others as they are.
+
+    Guarantee:
+        What long rows have added to their squared norm is what `Outer.squared_norm` adds, because neighbours can make a
+        row long, and would shorten or stretch it otherwise (P14).
+    """
     outer = [use for use in uses if isinstance(use, Outer)]
     if len(outer) == len(uses) and all(use.narrow for use in outer):
         return [use.written_out() for use in outer]
@@ -524,12 +523,12 @@ def write_out(uses: list[PerExampleGradient]) -> list[PerExampleGradient]:
     if len(outer) != 1 or len(outer) + len(lookup) != len(uses) or not outer[0].long:
         return uses
     written = outer[0].written_out()
+    margin = outer[0]._worst_error(written.squared_norm())
     for use in lookup:
         for i, total in enumerate(written.grads):
             index, grad = use.tokens(i)
             total.index_add_(0, index, grad.to(total.dtype))
-    # A new object, because the margin belongs to the matrix product alone, and the norm to everything.
-    return [Dense(written.grads, sum((use.mass for use in lookup), written.mass), written.margin)]
+    return [Dense(written.grads, sum((use.mass for use in lookup), written.mass), margin)]
 
 
 def add_weighted_sums(

@@ -379,23 +379,29 @@ def test_the_bound_of_a_gram_form_holds_against_rational_arithmetic(monkeypatch:
         assert error[i] <= 1e-5 * Outer(left, right).mass[i] ** 2
 
 
-def shift_by_neighbours(rows: int, columns: int) -> float:
+def shift_by_neighbours(rows: int, columns: int, *, tied: bool = False) -> float:
     """How much rows of 40 tokens change when a neighbour's length pads them to 400, relative to their squared norms."""
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(3, 40, width, generator=generator) for width in (rows, columns))
-    # Inputs at padding are whatever the model made of them; gradients there are zero.
-    padded = Outer(nn.functional.pad(left, (0, 0, 0, 360)), nn.functional.pad(right, (0, 0, 0, 360), value=0.7))
-    alone = combined_squared_norm(layers.write_out([Outer(left, right)]))
-    return float(((combined_squared_norm(layers.write_out([padded])) - alone) / alone).abs().max())
+    index = torch.randint(0, rows, (3, 40), generator=generator)
+    found = []
+    for longer in (0, 360):
+        # Inputs at padding are whatever the model made of them; gradients there are zero.
+        padding = (0, 0, 0, longer)
+        uses = [Outer(nn.functional.pad(left, padding), nn.functional.pad(right, padding, value=0.7))]
+        table = Lookup(nn.functional.pad(index, (0, longer)), nn.functional.pad(right, padding), rows)
+        found.append(combined_squared_norm(layers.write_out([*uses, table] if tied else uses)))
+    return float(((found[1] - found[0]) / found[0]).abs().max())
 
 
 @pytest.mark.parametrize(
     "shape",
-    [(300, 300), (1200, 1100), (16, 300)],
-    ids=["gram, then written out", "gram, then tiles", "narrow, written out"],
+    [(300, 300), (1200, 1100), (16, 300), (3000, 60)],
+    ids=["gram, then written out", "gram, then tiles", "narrow", "narrow, tied in two forms"],
 )
 def test_what_clips_a_row_does_not_depend_on_how_long_its_neighbours_are(shape: tuple[int, int]) -> None:
     assert shift_by_neighbours(*shape) <= 2e-6
+    assert shift_by_neighbours(*shape, tied=True) <= 2e-6
 
 
 def test_mutant_bound_that_follows_the_form_or_the_padding_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,9 +419,14 @@ def test_mutant_bound_that_follows_the_form_or_the_padding_is_caught(monkeypatch
 
 def test_mutant_long_rows_without_the_bound_of_short_ones_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each neighbour would be stretched, by as much, when the long row leaves."""
-    honest = Outer.written_out
-    monkeypatch.setattr(Outer, "written_out", lambda self: replace(honest(self), margin=None))
+    honest = layers.write_out
+
+    def without(uses: list[Any]) -> list[Any]:
+        return [replace(use, margin=None) if isinstance(use, Dense) else use for use in honest(uses)]
+
+    monkeypatch.setattr(layers, "write_out", without)
     assert shift_by_neighbours(300, 300) > 1e-4
+    assert shift_by_neighbours(3000, 60, tied=True) > 1e-4
 
 
 def test_gradients_too_small_for_float32_products_keep_their_norm() -> None:
