@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from dpfa_hf.audit.results import Check, Mutant
 from dpfa_hf.audit.subject import Subject, own_plan, subject_of
 from dpfa_hf.batch_selection import TruncatedPoissonSampler
 from dpfa_hf.noise import GaussianNoise
+from dpfa_hf.per_example import layers
 
 Mutate = Callable[[Any], None]
 _CANARY_SECONDS = 20.0
@@ -67,14 +69,18 @@ def clipping_by_batch(trainer: Any) -> None:
 
 def tied_term_dropped(trainer: Any) -> None:
     """A tied weight's uses are taken for weights of their own."""
-    engine, whole = trainer._engine, trainer._engine.norms
+    engine, whole, together = trainer._engine, trainer._engine.norms, trainer._engine._uses
+
+    def apart(calls: Any) -> Any:
+        with mock.patch.object(layers, "write_out", lambda parts: parts):  # which adds them up where rows are long
+            return together(calls)
 
     def norms(uses: Any, size: int, device: torch.device) -> torch.Tensor:
-        apart = [{name: [part]} for name, parts in uses.items() for part in parts]
-        squares = [whole(use, size, device).square() for use in apart]
+        each = [{name: [part]} for name, parts in uses.items() for part in parts]
+        squares = [whole(use, size, device).square() for use in each]
         return sum(squares, torch.zeros_like(squares[0])).sqrt()
 
-    engine.norms = norms
+    engine._uses, engine.norms = apart, norms
 
 
 def batch_mean_loss(trainer: Any) -> None:

@@ -93,12 +93,13 @@ def test_the_clipped_sum_over_users_equals_a_loop_of_autograd(
     assert worst_error(lab, engine_of(model), users) < 1e-5
 
 
+@pytest.mark.parametrize("long", [False, True])
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama-tied", "opt"])
-def test_users_are_exact_where_matrices_are_not_written_out(
-    lab: SimpleNamespace, family: str, monkeypatch: pytest.MonkeyPatch
+def test_users_are_exact_where_matrices_are_wide(
+    lab: SimpleNamespace, family: str, long: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layers.Outer, "narrow", False)
-    monkeypatch.setattr(layers.Outer, "long", False)
+    monkeypatch.setattr(layers.Outer, "long", long)
     model = lab.build(family)
     assert worst_error(lab, engine_of(model), by_user(lab.rows_of(family, model, LENGTHS), UNEQUAL)) < 1e-5
 
