@@ -466,7 +466,7 @@ class Dense:
 
     def add_weighted_sum(self, weights: torch.Tensor, out: torch.Tensor) -> None:
         grads = self.grads.flatten(1)
-        if grads.dtype == out.dtype:
+        if grads.dtype == out.dtype and out.is_contiguous():
             out.view(1, -1).addmm_(weights.to(out.dtype)[None], grads)
         else:
             out.add_((weights.double() @ grads.double()).view(out.shape).to(out.dtype))

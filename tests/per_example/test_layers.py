@@ -335,6 +335,16 @@ def test_mutant_norm_taken_before_the_tied_table_is_added_is_caught(monkeypatch:
     assert not torch.allclose(written([use for use, _ in made])[0].squared_norm(), expected, rtol=1e-1)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_sums_may_lie_in_memory_in_any_order(kind: str) -> None:
+    use, full = make(kind, 0, 3, 4, 5, 6)
+    weights = torch.tensor([0.5, -2.0, 1.0], dtype=torch.float64)
+    for form in ([use], written([use]), layers.write_out([use])):
+        total = torch.zeros(6, 5).t()
+        layers.add_weighted_sums(form, weights, total)
+        assert torch.allclose(total.double(), torch.einsum("b,brc->rc", weights, full), atol=1e-5)
+
+
 @pytest.mark.parametrize("limit", [1, 7, 30])
 def test_gradients_that_are_written_out_have_the_same_norm_and_sum_in_blocks_of_any_size(
     limit: int, monkeypatch: pytest.MonkeyPatch
