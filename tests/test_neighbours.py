@@ -654,6 +654,61 @@ def test_mutant_batch_mean_loss_escapes_when_all_are_clipped_and_is_caught_when_
     assert found["aligned below C"] > 4
 
 
+def neighbours_moved_by_a_long_row() -> float:
+    """How far, in C, 31 clipped rows of a language model with wide, tied matrices move when a long row joins them; its
+    own share is taken off. It is what makes gradients be written out."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=2000,
+        n_embd=192,
+        n_layer=1,
+        n_head=4,
+        n_positions=400,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = transformers.GPT2LMHeadModel(config)
+    engine = PerExampleGradients(model, losses.per_example_loss(model, "causal_lm"), clipping_norm=1e-2)
+    preflight.check(engine, preflight.synthetic_batch(model, "causal_lm", {}))
+    generator = np.random.default_rng(0)
+    same = generator.integers(5, 2000, 16).tolist()
+    bystanders = [tokens(same, same) for _ in range(31)]  # whose shares all point one way
+    long_row = generator.integers(5, 2000, 400).tolist()
+    found, written = [], []
+    with pytest.MonkeyPatch.context() as patch:
+        write_out = layers.write_out
+
+        def noted(uses: list) -> list:
+            parts = write_out(uses)
+            written[-1] |= len(uses) == 2 and len(parts) == 1  # the table, tied to the head
+            return parts
+
+        patch.setattr(layers, "write_out", noted)
+        for rows in (bystanders, [*bystanders, tokens(long_row, long_row)], [tokens(long_row, long_row)]):
+            written.append(False)
+            engine.accumulate(collate(rows))
+            found.append(torch.cat([value.double().flatten() for value in engine.take().values()]))
+    assert written == [False, True, True]
+    return float((found[1] - found[0] - found[2]).norm()) / engine.clipping_norm
+
+
+def test_a_long_newcomer_does_not_move_its_neighbours_by_making_them_long() -> None:
+    assert neighbours_moved_by_a_long_row() <= 1e-4
+
+
+def test_mutant_written_out_without_the_allowance_of_short_rows_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = layers.write_out
+    monkeypatch.setattr(
+        layers,
+        "write_out",
+        lambda uses: [replace(part, margin=None) if isinstance(part, layers.Dense) else part for part in honest(uses)],
+    )
+    assert neighbours_moved_by_a_long_row() > 1e-4
+
+
 def gram_in(dtype: torch.dtype) -> Callable[[layers.Outer], torch.Tensor]:
     def squared_norm(self: layers.Outer) -> torch.Tensor:
         left, right = self.left.to(dtype), self.right.to(dtype)

@@ -159,12 +159,12 @@ class PerExampleGradients:
             return self._accumulate_by_group(batch)
         with self.attached(), torch.enable_grad():
             losses, calls = self.backward(batch)
-        with _exact_matmul():
+        with exact_matmul():
             uses = self._uses(calls)
             norms = self._norms_or_infinity(uses, torch.isfinite(losses) & counted)
         if self._entangled(norms):
             return torch.cat([self.accumulate(document) for document in packing.split(batch)])
-        with _exact_matmul():
+        with exact_matmul():
             self._refuse_interrupted()
             self._adding = True
             if self.statistics is not None and counted:
@@ -194,13 +194,13 @@ class PerExampleGradients:
         def uses(layer: str, args: tuple, kwargs: dict[str, Any], grad: torch.Tensor) -> Uses:
             self._in_rule = True
             try:
-                with _exact_matmul():
+                with exact_matmul():
                     return self._uses([self._call(layer, args, kwargs, grad)])
             finally:
                 self._in_rule = False
 
         def add(group: int, uses: Uses) -> None:
-            with _exact_matmul():
+            with exact_matmul():
                 found = self._norms_or_infinity(uses, finite)
                 norms[group] = found[group]
                 self._adding = True
@@ -214,7 +214,7 @@ class PerExampleGradients:
             norms = self._norms_or_infinity({}, finite)
             self._adding = several = len(losses) > 1  # of a row alone, what it has added is its own, and no more than C
             self._stream.backward(losses)
-        with _exact_matmul():
+        with exact_matmul():
             if self.statistics is not None:
                 self.statistics.add(losses.detach(), norms, self.clipping_norm)
         self._adding = False
@@ -566,7 +566,7 @@ def batch_size(batch: Batch) -> int:
 
 
 @contextlib.contextmanager
-def _exact_matmul() -> Iterator[None]:
+def exact_matmul() -> Iterator[None]:
     """float32 products in float32: no TF32, no bfloat16 passes, no autocast (P14)."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

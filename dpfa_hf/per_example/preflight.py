@@ -17,7 +17,7 @@ from torch import nn
 
 from dpfa_hf.errors import PrivacyError
 from dpfa_hf.per_example import adapters, layers, packing
-from dpfa_hf.per_example.gradients import Batch, PerExampleGradients, PerExampleLoss, batch_size
+from dpfa_hf.per_example.gradients import Batch, PerExampleGradients, PerExampleLoss, batch_size, exact_matmul
 from dpfa_hf.per_example.losses import IGNORE_INDEX, base_model
 
 # Three rows whose longest length is prime and no multiple of three, so that no two dimensions can be confused.
@@ -592,7 +592,7 @@ def _check_gradients(engine: PerExampleGradients, batch: Batch, tolerance: float
         reference = [torch.autograd.grad(each, parameters, retain_graph=True, allow_unused=True) for each in losses]
     for call in calls:
         call.layout = engine.layouts[call.name]
-    with torch.no_grad():
+    with exact_matmul():  # as in training: under autocast the rules' own products would be taken in half precision
         uses = engine._uses(calls)
         weights = torch.tensor([1.0, -0.5, 2.0], device=losses.device)[: len(losses)]
         reference_norm = _reference_norms(reference)

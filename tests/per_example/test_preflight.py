@@ -488,3 +488,19 @@ def test_with_exact_sums_a_model_that_remembers_is_refused(exact_sums: bool) -> 
             checked(1e-6)
     else:
         checked(1e-6)
+
+
+def test_wide_layers_pass_under_autocast_as_they_are_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms of more terms than one product has; the mutant takes them in autocast's half precision."""
+    torch.manual_seed(0)
+    model = nn.Linear(600, 300, bias=False)
+
+    def check() -> None:
+        engine = PerExampleGradients(model, lambda called, b: called(b["x"]).square().sum((1, 2)), clipping_norm=1.0)
+        with torch.autocast("cpu", torch.bfloat16):
+            preflight.check(engine, {"x": torch.randn(3, 8, 600)}, autocast=True)
+
+    check()
+    monkeypatch.setattr(preflight, "exact_matmul", torch.no_grad)
+    with pytest.raises(PrivacyError, match="failed on synthetic rows"):
+        check()
